@@ -1,0 +1,362 @@
+"""Gradient accumulation kept as sketches: Algorithm 1 of the paper around a base optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from florax import _checks, _leaves, _projection
+
+ShouldSkip: TypeAlias = Callable[..., tuple[jax.Array, Any]]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class AccumulationRule:
+    """The static settings that `accumulate` needs and finds in the state."""
+
+    use_grad_mean: bool
+    should_skip_update_fn: ShouldSkip | None
+
+
+class FloraAccumulateState(NamedTuple):
+    """State of `flora_accumulate`; its fields are those of `optax.MultiStepsState`, and the key.
+
+    Attributes:
+      mini_step: micro-steps since the last update of the base optimizer, shape `()`, int32.
+      gradient_step: updates of the base optimizer so far, shape `()`, int32.
+      inner_opt_state: state of the base optimizer.
+      sketch: the accumulated gradient; `sketch.arrays` is a tree like the parameters with, per leaf,
+        its sketch, shape `(*batch, *rows, rank)`, or a full-size array if the leaf is kept dense.
+      key: base key of the projections, raw threefry data, shape `(2,)`, uint32.
+      rule: whether gradients are averaged and when they are skipped; static.
+      skip_state: what `should_skip_update_fn` last reported.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    inner_opt_state: optax.OptState
+    sketch: _leaves.Sketches
+    key: jax.Array
+    rule: AccumulationRule
+    skip_state: Any = ()
+
+
+class FloraAccumulate(optax.GradientTransformationExtraArgs):
+    """What `flora_accumulate` returns: a transformation that remembers its base optimizer.
+
+    Attributes:
+      opt: the base optimizer, which `finish` runs.
+    """
+
+    opt: optax.GradientTransformationExtraArgs
+
+    def __new__(
+        cls,
+        init: optax.TransformInitFn,
+        update: optax.TransformUpdateExtraArgsFn,
+        opt: optax.GradientTransformationExtraArgs,
+    ) -> "FloraAccumulate":
+        """Pair `init` and `update` with the base optimizer they wrap."""
+        self = super().__new__(cls, init, update)
+        self.opt = opt
+        return self
+
+
+def flora_accumulate(
+    opt: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[jax.Array], jax.typing.ArrayLike],
+    rank: _leaves.Rank,
+    *,
+    use_grad_mean: bool = True,
+    should_skip_update_fn: ShouldSkip | None = None,
+    key: Any = 0,
+    projection: _projection.Projection = _projection.DEFAULT_PROJECTION,
+    side: _leaves.Side = "smaller",
+    dimension_numbers: _leaves.DimensionNumbers | None = None,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+) -> FloraAccumulate:
+    r"""Accumulate gradients as random sketches around a base optimizer (FLORA, Algorithm 1).
+
+    For a matrix of gradients G₁, …, G_τ, with τ = `every_k_schedule`, and the cycle's projection A:
+
+    .. math::
+        C = \frac{1}{\tau} \sum_t G_t A^\top, \qquad \text{then the base optimizer sees } C A,
+
+    once every τ calls; in between the updates are zero and the base optimizer neither runs nor
+    moves. Every cycle draws a new A. A drop-in for
+    `optax.MultiSteps(opt, k).gradient_transformation()`, and exactly that for leaves kept dense.
+
+    It wraps `opt`, it cannot stand in front of it: an optimizer that came after it in a chain would
+    take the zeros in between for gradients. What must see each micro-batch's gradient goes in front,
+    as in `optax.chain(optax.clip_by_global_norm(1.0), florax.flora_accumulate(...))`.
+
+    Args:
+      opt: the base optimizer: any Optax transformation, `flora_momentum` included.
+      every_k_schedule: τ, in micro-steps, at least 1; or a function from the number of updates so far
+        to τ.
+      rank: width r of the sketches: an int; or a function `(path, leaf) -> int | None`; or a tree of
+        those, possibly a prefix of the parameters'. None keeps a leaf dense.
+      use_grad_mean: average the gradients (the paper's 1/τ); else sum them.
+      should_skip_update_fn: `(gradients, gradient_step, params) -> (skip, skip_state)`, for example
+        `optax.skip_not_finite`: a skipped micro-step is as if it had never happened.
+      key: an int or a JAX PRNG key: the source of all projections.
+      projection: `"gaussian"`, the paper's, unbiased; or `"cosine"`, orthonormal rows of a randomly
+        signed cosine transform: C A is then the orthogonal projection of the mean gradient, shorter
+        than it by about √(r/m) but with the least error that a sketch can have. Adam and Adafactor
+        do not see the length; with SGD raise the learning rate.
+      side: project the `"smaller"` side of a matrix (sketch of max(n, m)·r, as in the published
+        code) or the `"larger"` one (min(n, m)·r: fewer bytes at equal rank, and more noise).
+      dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
+        `FloraDimensionNumbers`. None: a leaf of two axes is a matrix; others are kept dense.
+      accumulator_dtype: dtype of the accumulator; None: float32, or the parameter's if wider.
+        Sketches in a narrower one are rounded stochastically.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `FloraAccumulateState`.
+
+    Raises:
+      ValueError, TypeError: an argument is out of range, or gradients do not match the parameters;
+        the message names the argument, its value and the fix.
+
+    >>> import florax, jax.numpy as jnp, optax
+    >>> params = {"kernel": jnp.ones((512, 256)), "bias": jnp.zeros(256)}
+    >>> tx = florax.flora_accumulate(optax.adafactor(1e-3), every_k_schedule=2, rank=16)
+    >>> state = tx.init(params)
+    >>> {name: x.shape for name, x in state.sketch.arrays.items()}
+    {'bias': (256,), 'kernel': (512, 16)}
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(params, state, params)
+    ...     print(bool(florax.has_updated(state)), bool((updates["kernel"] == 0).all()))
+    False True
+    True False
+
+    Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024
+    (arXiv:2402.03293), Algorithm 1, whose printed 1/n is 1/τ. The published JAX code has no
+    transformation for it; the published PyTorch code keeps the accumulator outside of its optimizer,
+    so that checkpoints lose it. Here it is part of the state.
+    """
+    if not isinstance(opt, optax.GradientTransformation):
+        raise TypeError(
+            f"opt must be an Optax gradient transformation, got {opt!r}. flora_accumulate wraps the "
+            "base optimizer: flora_accumulate(optax.adafactor(1e-3), every_k_schedule=16, rank=256)."
+        )
+    if not callable(every_k_schedule):
+        _checks.positive_int("every_k_schedule", every_k_schedule)
+    _leaves.check_settings(rank, side, projection)
+    base = optax.with_extra_args_support(opt)
+    rule = AccumulationRule(use_grad_mean, should_skip_update_fn)
+
+    def accumulator(own: jnp.dtype) -> jax.typing.DTypeLike:
+        if accumulator_dtype is not None:
+            return accumulator_dtype
+        return jnp.promote_types(own, jnp.float32)
+
+    def init_fn(params: optax.Params) -> FloraAccumulateState:
+        zero = jnp.zeros([], jnp.int32)
+        base_state, base_key = base.init(params), _leaves.base_key(key)
+        if _leaves.is_stand_in(params):
+            stand_in = cast(_leaves.Sketches, zero)
+            return FloraAccumulateState(zero, zero, base_state, stand_in, base_key, rule)
+        leaves = _leaves.plan(params, rank, side, projection, dimension_numbers)
+        sketch = _leaves.zero_sketches(params, leaves, accumulator)
+        skip_state: Any = ()
+        if should_skip_update_fn is not None:
+            _, skip_state = should_skip_update_fn(optax.tree.zeros_like(params), zero, params)
+        return FloraAccumulateState(zero, zero, base_state, sketch, base_key, rule, skip_state)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: FloraAccumulateState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, FloraAccumulateState]:
+        if callable(every_k_schedule):
+            k_steps = every_k_schedule(state.gradient_step)
+        else:
+            k_steps = every_k_schedule
+        state = accumulate(updates, state, params)
+
+        def emit(state: FloraAccumulateState) -> tuple[optax.Updates, FloraAccumulateState]:
+            return _finish(base, updates, state, params, extra_args)
+
+        def hold(state: FloraAccumulateState) -> tuple[optax.Updates, FloraAccumulateState]:
+            shapes, _ = jax.eval_shape(emit, state)
+            return optax.tree.zeros_like(shapes), state
+
+        # A skipped micro-step leaves `mini_step` below `k_steps`.
+        return cast(
+            tuple[optax.Updates, FloraAccumulateState],
+            jax.lax.cond(state.mini_step >= k_steps, emit, hold, state),
+        )
+
+    return FloraAccumulate(init_fn, update_fn, base)
+
+
+def has_updated(state: FloraAccumulateState) -> jax.Array:
+    """Whether the last micro-step was one in which the base optimizer ran, shape `()`, bool.
+
+    Args:
+      state: the state of `flora_accumulate` itself; in a chain, its part of the chain's state.
+
+    Raises:
+      TypeError: `state` is the state of something else.
+
+    >>> import florax, jax.numpy as jnp, optax
+    >>> tx = florax.flora_accumulate(optax.sgd(1.0), every_k_schedule=1, rank=2)
+    >>> state = tx.init(jnp.ones(3))
+    >>> bool(florax.has_updated(state))
+    False
+    >>> _, state = tx.update(jnp.ones(3), state)
+    >>> bool(florax.has_updated(state))
+    True
+    """
+    _check_state("has_updated", state)
+    return jnp.logical_and(state.mini_step == 0, state.gradient_step > 0)
+
+
+def accumulate(
+    grads: optax.Updates, state: FloraAccumulateState, params: optax.Params | None = None
+) -> FloraAccumulateState:
+    """Add one micro-batch's gradients to the sketches: the first half of `flora_accumulate`.
+
+    With `finish` for a loop inside one jit: no full-size zero updates in between, and the base
+    optimizer is compiled once, outside of the loop. `every_k_schedule` plays no part, the mean is
+    over what was accumulated.
+
+    Args:
+      grads: gradients, a tree like the parameters.
+      state: state of `flora_accumulate`.
+      params: only for a `should_skip_update_fn` that reads them.
+
+    Returns:
+      The state with the gradients added, or, where `should_skip_update_fn` says so, without.
+
+    Raises:
+      TypeError: `state` is the state of something else.
+      ValueError: the gradients do not match the parameters.
+
+    >>> import florax, jax, jax.numpy as jnp, optax
+    >>> tx = florax.flora_accumulate(optax.sgd(0.1), every_k_schedule=4, rank=2)
+    >>> @jax.jit
+    ... def step(params, state, batches):
+    ...     def micro_step(state, batch):
+    ...         grads = jax.grad(lambda w: jnp.mean((batch @ w - 1) ** 2))(params)
+    ...         return florax.accumulate(grads, state), None
+    ...     state, _ = jax.lax.scan(micro_step, state, batches)
+    ...     return florax.finish(tx, params, state)
+    >>> params = jnp.zeros((8, 4))
+    >>> params, state = step(params, tx.init(params), jnp.ones((4, 16, 8)))
+    >>> int(state.gradient_step), params.shape
+    (1, (8, 4))
+
+    Source: the loop of Algorithm 1 in Hao et al., 2024 (arXiv:2402.03293).
+    """
+    _check_state("accumulate", state)
+    leaves = state.sketch.plan
+    flat, _ = _leaves.match(grads, leaves)
+    added = []
+    for leaf, grad, old in zip(leaves, flat, state.sketch.leaves(), strict=True):
+        if leaf.rank is None:
+            added.append(_add(old, grad, state).astype(old.dtype))
+            continue
+        sketch = leaf.compress(grad, leaf.draw(state.key, state.gradient_step))
+        new = _add(old.astype(sketch.dtype), sketch, state)
+        counts = (state.gradient_step, state.mini_step)
+        added.append(leaf.round_to(old.dtype, new, state.key, *counts))
+
+    mini_step = optax.safe_increment(state.mini_step)
+    sketch = state.sketch.replace(added)
+    should_skip = state.rule.should_skip_update_fn
+    if should_skip is None:
+        return state._replace(mini_step=mini_step, sketch=sketch)
+    skip, skip_state = should_skip(grads, state.gradient_step, params)
+    if (skip.dtype, skip.shape) != (jnp.bool_, ()):
+        raise ValueError(
+            "should_skip_update_fn must return a boolean scalar first, got dtype "
+            f"{skip.dtype} and shape {skip.shape}. Reduce it with jnp.any or jnp.all."
+        )
+    mini_step, sketch = jax.tree.map(
+        lambda old, new: jnp.where(skip, old, new),
+        (state.mini_step, state.sketch),
+        (mini_step, sketch),
+    )
+    return state._replace(mini_step=mini_step, sketch=sketch, skip_state=skip_state)
+
+
+def finish(
+    tx: FloraAccumulate, params: optax.Params, state: FloraAccumulateState, **extra_args: Any
+) -> tuple[optax.Params, FloraAccumulateState]:
+    """Update the parameters with what was accumulated: the second half of `flora_accumulate`.
+
+    Decompresses the mean gradient, runs the base optimizer on it, applies its updates, and starts
+    a new cycle with new projections.
+
+    Args:
+      tx: what `flora_accumulate` returned.
+      params: the parameters.
+      state: state of `tx`, after one `accumulate` or more.
+      **extra_args: passed on to the base optimizer.
+
+    Returns:
+      The updated parameters, and the state at the start of the next cycle.
+
+    Raises:
+      TypeError: `tx` is not a `flora_accumulate`, or `state` is the state of something else.
+
+    For an example see `accumulate`. Source: the rest of Algorithm 1 in Hao et al., 2024
+    (arXiv:2402.03293).
+    """
+    if not isinstance(tx, FloraAccumulate):
+        raise TypeError(
+            f"finish takes what flora_accumulate returned as tx, got {tx!r}. Transformations that "
+            "stand beside it in a chain go into its base optimizer, or are applied to the gradients."
+        )
+    _check_state("finish", state)
+    updates, state = _finish(tx.opt, params, state, params, extra_args)
+    return optax.apply_updates(params, updates), state
+
+
+def _add(old: jax.Array, new: jax.Array, state: FloraAccumulateState) -> jax.Array:
+    if state.rule.use_grad_mean:
+        # The running mean, in the very form of `optax.MultiSteps`: dense leaves match it bit for bit.
+        return old + (new - old) / (state.mini_step + 1)
+    return new + old
+
+
+def _finish(
+    opt: optax.GradientTransformationExtraArgs,
+    like: optax.Updates,
+    state: FloraAccumulateState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, FloraAccumulateState]:
+    """Run the base optimizer on the accumulated gradient, in the dtypes of `like`."""
+    likes, treedef = _leaves.match(like, state.sketch.plan)
+    grads = []
+    for leaf, stored, target in zip(state.sketch.plan, state.sketch.leaves(), likes, strict=True):
+        if leaf.rank is not None:
+            stored = leaf.decompress(stored, leaf.draw(state.key, state.gradient_step))
+        grads.append(stored.astype(target.dtype))
+    updates, inner_opt_state = opt.update(
+        jax.tree.unflatten(treedef, grads), state.inner_opt_state, params, **extra_args
+    )
+    return updates, state._replace(
+        mini_step=jnp.zeros_like(state.mini_step),
+        gradient_step=optax.safe_increment(state.gradient_step),
+        # A base state that changes its dtype, as some do in 16 bits, must not end the cycle in
+        # another type than it began it in.
+        inner_opt_state=optax.tree.cast_like(inner_opt_state, state.inner_opt_state),
+        sketch=state.sketch.replace([jnp.zeros_like(x) for x in state.sketch.leaves()]),
+    )
+
+
+def _check_state(function: str, state: Any) -> None:
+    if not isinstance(state, FloraAccumulateState):
+        raise TypeError(
+            f"{function} takes the state of flora_accumulate, got a {type(state).__name__}. Of the "
+            "state of a chain pass the part that belongs to flora_accumulate."
+        )

@@ -1,0 +1,119 @@
+"""The mathematics of one matrix: draw a projection, compress, decompress, transfer.
+
+A matrix G is an array of shape `(*rows, *columns)`: usually `(n, m)`, but rows and columns may span
+several axes each, as in an attention kernel `(embed, heads, head_dim)`; m is the product of the
+column axes. Its projection A has shape `(rank, *columns)` and its sketch C = G Aᵀ has shape
+`(*rows, rank)`. Nothing here knows about trees, stacks or optimizers.
+"""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Projection = Literal["gaussian", "cosine"]
+
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
+# The one place that says which projection is used when none is named: the paper's.
+DEFAULT_PROJECTION: Projection = "gaussian"
+# Up to here the angles of the cosine projection are exact in 32-bit integers, see `_cosine`.
+MAX_COSINE_COLUMNS = 2**20
+
+
+@functools.partial(jax.jit, static_argnames=("projection", "rank", "columns"))
+def draw(
+    projection: Projection, key: jax.Array, rank: int, columns: tuple[int, ...]
+) -> jax.Array:
+    """Draw A, shape `(rank, *columns)`, float32, from `key`, a raw threefry key of shape `(2,)`.
+
+    `"gaussian"`: entries i.i.d. N(0, 1/rank), so E[AᵀA] = I and decompressing is unbiased; entry j
+    of a decompressed row g has variance (‖g‖² + g_j²) / rank (Hao et al., 2024, arXiv:2402.03293).
+
+    `"cosine"`: `rank` random rows of the orthonormal DCT-II matrix, with a random sign on every
+    column. A Aᵀ = I, so decompressing is the orthogonal projection onto the row space of A, and
+    E[AᵀA] = (rank / m) I: a shrunken mean, with the smallest error that a sketch can have.
+    """
+    # An explicit threefry key: with "rbg", another default that users may set, the bits can depend
+    # on how the array is sharded, and the draws for compressing and decompressing would differ.
+    typed_key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    size = math.prod(columns)
+    matrix = _gaussian if projection == "gaussian" else _cosine
+    return matrix(typed_key, rank, size).reshape(rank, *columns)
+
+
+def _gaussian(key: jax.Array, rank: int, size: int) -> jax.Array:
+    return jax.random.normal(key, (rank, size), jnp.float32) / math.sqrt(rank)
+
+
+def _cosine(key: jax.Array, rank: int, size: int) -> jax.Array:
+    """A[i, j] = s_j √(2/m) cos(π (2j+1) k_i / 2m), and √(1/m) in place of √(2/m) where k_i = 0."""
+    key_rows, key_signs = jax.random.split(key)
+    k = jax.random.permutation(key_rows, size)[:rank, None].astype(jnp.uint32)
+    j = jnp.arange(size, dtype=jnp.uint32)
+    signs = jax.random.rademacher(key_signs, (size,), jnp.float32)
+
+    # (2j+1) k mod 4m without overflow: (2j+1) k overflows 32 bits from m = 33,000 on, and a float32
+    # angle is wrong long before. With j = 1024 j₁ + j₀ both products stay below 2³² up to m = 2²⁰.
+    period = jnp.uint32(4 * size)
+    j1, j0 = j >> 10, j & 1023
+    angle = (k * (2 * j0 + 1) + (k * 2048 % period) * j1 % period) % period
+    scale = jnp.where(k == 0, math.sqrt(1 / size), math.sqrt(2 / size))
+    return signs * scale * jnp.cos(angle.astype(jnp.float32) * (math.pi / (2 * size)))
+
+
+def compress(matrix: jax.Array, projection: jax.Array) -> jax.Array:
+    """Sketch `matrix`, shape `(*rows, *columns)`, as G Aᵀ, shape `(*rows, rank)`.
+
+    A is rounded to the dtype of the matrix, so that 16-bit gradients meet the fast matrix units of
+    an accelerator; the products accumulate in float32 at least, the dtype of the result.
+    """
+    dtype = jnp.promote_types(matrix.dtype, jnp.float32)
+    return _contract_columns(matrix, projection.astype(matrix.dtype), dtype)
+
+
+def decompress(sketch: jax.Array, projection: jax.Array) -> jax.Array:
+    """Turn `sketch`, shape `(*rows, rank)`, back into a matrix C A, shape `(*rows, *columns)`.
+
+    The adjoint of `compress`: ⟨compress(G), C⟩ = ⟨G, decompress(C)⟩.
+    """
+    dtype = jnp.promote_types(sketch.dtype, jnp.float32)
+    sketch, projection = sketch.astype(dtype), projection.astype(dtype)
+    return jnp.tensordot(sketch, projection, axes=1)
+
+
+def transfer(sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Carry a sketch over to a new projection, C A A'ᵀ: decompress with A, compress with A'.
+
+    The product A A'ᵀ, shape `(rank, rank)`, is taken first, so nothing of the matrix's size exists.
+    """
+    dtype = jnp.promote_types(sketch.dtype, jnp.float32)
+    overlap = _contract_columns(old.astype(dtype), new.astype(dtype), dtype)
+    return jnp.tensordot(sketch.astype(dtype), overlap, axes=1)
+
+
+def stochastic_round(value: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
+    """Round `value` to `dtype`, up or down with the probabilities that make it right on average.
+
+    Rounding to the nearest stalls a moving average whose increments are below half a unit in the
+    last place: in bfloat16 from a decay of about 0.99 on. `key` is a raw key of shape `(2,)`. Where
+    `dtype` holds every value of `value.dtype` this is a cast, and nothing is drawn.
+    """
+    if jnp.promote_types(value.dtype, dtype) == dtype:
+        return value.astype(dtype)
+    nearest = value.astype(dtype)
+    error = value - nearest.astype(value.dtype)
+    other = jnp.nextafter(nearest, jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype))
+    gap = other.astype(value.dtype) - nearest.astype(value.dtype)
+    typed_key = jax.random.wrap_key_data(key, impl="threefry2x32")
+    # An infinite or undefined value makes the quotient 0 or NaN: the nearest value then stands.
+    goes_to_other = jax.random.uniform(typed_key, value.shape, value.dtype) < error / gap
+    return jnp.where(goes_to_other, other, nearest)
+
+
+def _contract_columns(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Contract the column axes: all axes of `right`, an array of `(rank, *columns)`, but one."""
+    columns = right.ndim - 1
+    axes = (tuple(range(left.ndim - columns, left.ndim)), tuple(range(1, right.ndim)))
+    return jnp.tensordot(left, right, axes=axes, preferred_element_type=dtype)
