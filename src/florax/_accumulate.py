@@ -178,19 +178,27 @@ def flora_accumulate(
             k_steps = every_k_schedule(state.gradient_step)
         else:
             k_steps = every_k_schedule
-        state = accumulate(updates, state, params)
+        skip, state = _should_skip(updates, state, params)
+        micro_gradients = _compress(updates, state)
 
-        def emit(state: FloraAccumulateState) -> tuple[optax.Updates, FloraAccumulateState]:
-            return _finish(base, updates, state, params, extra_args)
+        def emit(
+            state: FloraAccumulateState, micro_gradients: list[jax.Array]
+        ) -> tuple[optax.Updates, FloraAccumulateState]:
+            total = _add(micro_gradients, state)
+            return _finish(base, updates, total, state, params, extra_args)
 
-        def hold(state: FloraAccumulateState) -> tuple[optax.Updates, FloraAccumulateState]:
-            shapes, _ = jax.eval_shape(emit, state)
-            return optax.tree.zeros_like(shapes), state
+        def hold(
+            state: FloraAccumulateState, micro_gradients: list[jax.Array]
+        ) -> tuple[optax.Updates, FloraAccumulateState]:
+            shapes, _ = jax.eval_shape(emit, state, micro_gradients)
+            return optax.tree.zeros_like(shapes), _store(micro_gradients, skip, state)
 
-        # A skipped micro-step leaves `mini_step` below `k_steps`.
+        # The sum is taken inside the branches, not before: only so does the compiler see the same
+        # program as in `optax.MultiSteps`, and contract the same products and sums.
+        ends_cycle = ~skip & (state.mini_step >= k_steps - 1)
         return cast(
             tuple[optax.Updates, FloraAccumulateState],
-            jax.lax.cond(state.mini_step >= k_steps, emit, hold, state),
+            jax.lax.cond(ends_cycle, emit, hold, state, micro_gradients),
         )
 
     return FloraAccumulate(init_fn, update_fn, base)
@@ -256,35 +264,8 @@ def accumulate(
     Source: the loop of Algorithm 1 in Hao et al., 2024 (arXiv:2402.03293).
     """
     _check_state("accumulate", state)
-    leaves = state.sketch.plan
-    flat, _ = _leaves.match(grads, leaves)
-    added = []
-    for leaf, grad, old in zip(leaves, flat, state.sketch.leaves(), strict=True):
-        if leaf.rank is None:
-            added.append(_add(old, grad, state).astype(old.dtype))
-            continue
-        sketch = leaf.compress(grad, leaf.draw(state.key, state.gradient_step))
-        new = _add(old.astype(sketch.dtype), sketch, state)
-        counts = (state.gradient_step, state.mini_step)
-        added.append(leaf.round_to(old.dtype, new, state.key, *counts))
-
-    mini_step = optax.safe_increment(state.mini_step)
-    sketch = state.sketch.replace(added)
-    should_skip = state.rule.should_skip_update_fn
-    if should_skip is None:
-        return state._replace(mini_step=mini_step, sketch=sketch)
-    skip, skip_state = should_skip(grads, state.gradient_step, params)
-    if (skip.dtype, skip.shape) != (jnp.bool_, ()):
-        raise ValueError(
-            "should_skip_update_fn must return a boolean scalar first, got dtype "
-            f"{skip.dtype} and shape {skip.shape}. Reduce it with jnp.any or jnp.all."
-        )
-    mini_step, sketch = jax.tree.map(
-        lambda old, new: jnp.where(skip, old, new),
-        (state.mini_step, state.sketch),
-        (mini_step, sketch),
-    )
-    return state._replace(mini_step=mini_step, sketch=sketch, skip_state=skip_state)
+    skip, state = _should_skip(grads, state, params)
+    return _store(_compress(grads, state), skip, state)
 
 
 def finish(
@@ -316,31 +297,84 @@ def finish(
             "stand beside it in a chain go into its base optimizer, or are applied to the gradients."
         )
     _check_state("finish", state)
-    updates, state = _finish(tx.opt, params, state, params, extra_args)
+    total = state.sketch.leaves()
+    updates, state = _finish(tx.opt, params, total, state, params, extra_args)
     return optax.apply_updates(params, updates), state
 
 
-def _add(old: jax.Array, new: jax.Array, state: FloraAccumulateState) -> jax.Array:
+def _compress(grads: optax.Updates, state: FloraAccumulateState) -> list[jax.Array]:
+    """What one micro-batch adds: per leaf the sketch of its gradient, or the gradient if dense."""
+    flat, _ = _leaves.match(grads, state.sketch.plan)
+    return [
+        grad
+        if leaf.rank is None
+        else leaf.compress(grad, leaf.draw(state.key, state.gradient_step))
+        for leaf, grad in zip(state.sketch.plan, flat, strict=True)
+    ]
+
+
+def _add(micro_gradients: list[jax.Array], state: FloraAccumulateState) -> list[jax.Array]:
+    """The mean, or the sum, with one more micro-batch; not yet rounded to the state's dtype."""
+    pairs = zip(micro_gradients, state.sketch.leaves(), strict=True)
     if state.rule.use_grad_mean:
-        # The running mean, in the very form of `optax.MultiSteps`: dense leaves match it bit for bit.
-        return old + (new - old) / (state.mini_step + 1)
-    return new + old
+        # The running mean in the very form of `optax.MultiSteps`: dense leaves match it bit for bit.
+        return [old + (new - old) / (state.mini_step + 1) for new, old in pairs]
+    return [new + old for new, old in pairs]
+
+
+def _store(
+    micro_gradients: list[jax.Array], skip: jax.Array, state: FloraAccumulateState
+) -> FloraAccumulateState:
+    """The state after a micro-step that does not end the cycle."""
+    counts = (state.gradient_step, state.mini_step)
+    kept = [
+        jnp.where(
+            skip,
+            old,
+            total.astype(old.dtype)
+            if leaf.rank is None
+            else leaf.round_to(old.dtype, total, state.key, *counts),
+        )
+        for leaf, old, total in zip(
+            state.sketch.plan, state.sketch.leaves(), _add(micro_gradients, state), strict=True
+        )
+    ]
+    mini_step = jnp.where(skip, state.mini_step, optax.safe_increment(state.mini_step))
+    return state._replace(mini_step=mini_step, sketch=state.sketch.replace(kept))
+
+
+def _should_skip(
+    grads: optax.Updates, state: FloraAccumulateState, params: optax.Params | None
+) -> tuple[jax.Array, FloraAccumulateState]:
+    """Whether these gradients are to be left out, and the state with the report on them."""
+    should_skip = state.rule.should_skip_update_fn
+    if should_skip is None:
+        return jnp.array(False), state
+    skip, skip_state = should_skip(grads, state.gradient_step, params)
+    if (skip.dtype, skip.shape) != (jnp.bool_, ()):
+        raise ValueError(
+            "should_skip_update_fn must return a boolean scalar first, got dtype "
+            f"{skip.dtype} and shape {skip.shape}. Reduce it with jnp.any or jnp.all."
+        )
+    return skip, state._replace(skip_state=skip_state)
 
 
 def _finish(
     opt: optax.GradientTransformationExtraArgs,
     like: optax.Updates,
+    total: list[jax.Array],
     state: FloraAccumulateState,
     params: optax.Params | None,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, FloraAccumulateState]:
-    """Run the base optimizer on the accumulated gradient, in the dtypes of `like`."""
+    """Run the base optimizer on what was accumulated, in the dtypes of `like`, and start afresh."""
     likes, treedef = _leaves.match(like, state.sketch.plan)
     grads = []
-    for leaf, stored, target in zip(state.sketch.plan, state.sketch.leaves(), likes, strict=True):
+    for leaf, accumulated, target in zip(state.sketch.plan, total, likes, strict=True):
         if leaf.rank is not None:
-            stored = leaf.decompress(stored, leaf.draw(state.key, state.gradient_step))
-        grads.append(stored.astype(target.dtype))
+            projection = leaf.draw(state.key, state.gradient_step)
+            accumulated = leaf.decompress(accumulated, projection)
+        grads.append(accumulated.astype(target.dtype))
     updates, inner_opt_state = opt.update(
         jax.tree.unflatten(treedef, grads), state.inner_opt_state, params, **extra_args
     )

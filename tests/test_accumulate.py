@@ -1,0 +1,300 @@
+"""Algorithm 1: equal to its reference, exactly `optax.MultiSteps` on what is not compressed."""
+
+import collections
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from numpy.testing import assert_allclose, assert_array_equal
+
+import florax
+
+STACKED = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
+SHAPES = {
+    "tall": ((20, 12), None, (0, 1)),
+    "wide": ((12, 20), None, (1, 0)),
+    "stacked": ((3, 12, 20), STACKED, (0, 2, 1)),
+}
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def run(tx, grads, params=None):
+    """The first state, and the updates and states of every step, from one compiled scan."""
+    params = jnp.zeros_like(grads[0]) if params is None else params
+
+    def step(state, grad):
+        updates, state = tx.update(grad, state, params)
+        return state, (updates, state)
+
+    first = tx.init(params)
+    _, (updates, states) = jax.jit(lambda s, g: jax.lax.scan(step, s, g))(first, grads)
+    return first, np.asarray(updates), jax.tree.map(np.asarray, states)
+
+
+def projections(state, cycles):
+    (leaf,) = state.sketch.plan
+    draw = jax.jit(lambda cycle: leaf.draw(state.key, cycle))
+    return [np.asarray(draw(cycle), np.float64) for cycle in range(cycles)]
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("side", ["smaller", "larger"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("projection", ["gaussian", "cosine"])
+def test_states_and_updates_are_those_of_the_float64_reference(projection, shape, side, mean):
+    shape, dimensions, order = SHAPES[shape]
+    if side == "larger":
+        order = (*order[:-2], order[-1], order[-2])
+    tx = florax.flora_accumulate(
+        optax.identity(),
+        every_k_schedule=8,
+        rank=4,
+        use_grad_mean=mean,
+        projection=projection,
+        side=side,
+        dimension_numbers=lambda *_: dimensions,
+    )
+    grads = normal(0, 50, *shape)
+    first, updates, states = run(tx, grads)
+    stack, m = (shape[0] if dimensions else 1), shape[order[-1]]
+    to_matrices = lambda x: np.asarray(x, np.float64).transpose(order).reshape(stack, -1, m)  # noqa: E731
+    drawn = [a.reshape(stack, 4, m) for a in projections(first, 7)]
+    matrices, emitted = [to_matrices(g) for g in grads], [to_matrices(u) for u in updates]
+    for i in range(stack):
+        expected = reference.accumulate(
+            [g[i] for g in matrices], [a[i] for a in drawn], 8, mean=mean
+        )
+        for t, (update, sketch) in enumerate(expected):
+            got = np.asarray(states.sketch.arrays[t], np.float64).reshape(stack, -1, 4)[i]
+            assert np.linalg.norm(got - sketch) <= 1e-5 * np.linalg.norm(sketch)
+            assert np.linalg.norm(emitted[t][i] - update) <= 1e-5 * np.linalg.norm(update)
+
+
+@pytest.mark.parametrize("projection", ["gaussian", "cosine"])
+def test_a_bfloat16_accumulator_is_within_the_derived_error_of_the_reference(projection):
+    rank, every, n, m = 4, 8, 20, 12
+    tx = florax.flora_accumulate(
+        optax.identity(), every, rank, projection=projection, accumulator_dtype=jnp.bfloat16
+    )
+    grads = normal(0, 24, n, m, dtype=jnp.bfloat16)
+    first, updates, states = run(tx, grads)
+    assert states.sketch.arrays.dtype == updates.dtype == jnp.bfloat16
+    drawn, exact = projections(first, 3), [np.asarray(g, np.float64) for g in grads]
+    norm = functools.partial(np.linalg.norm, axis=1)  # of every row
+    nearest, stochastic = 2.0**-9, 2.0**-7
+    error = np.zeros(n)
+    for t, (update, sketch) in enumerate(reference.accumulate(exact, drawn, every)):
+        a, k = drawn[t // every], t % every + 1
+        if k == 1:
+            error, total = np.zeros(n), np.zeros((n, rank))
+        total = total + exact[t] @ a.T
+        # A is rounded to compress; the mean is rounded stochastically to 8 bits, at the end too.
+        error = error * (k - 1) / k + nearest * norm(exact[t]) * np.linalg.norm(a) / k
+        error += stochastic * (norm(total / k) + error)
+        if k < every:
+            assert np.all(norm(np.float64(states.sketch.arrays[t]) - sketch) < error * 1.01)
+            assert not updates[t].any()
+        else:
+            emitted = error * np.linalg.norm(a, 2)
+            emitted += nearest * (norm(update) + emitted)
+            assert np.all(norm(np.float64(updates[t]) - update) < emitted * 1.01)
+
+
+def test_one_cycle_emits_rank_r_and_two_cycles_more():
+    tx = florax.flora_accumulate(optax.identity(), every_k_schedule=4, rank=3)
+    _, updates, _ = run(tx, normal(0, 8, 20, 12))
+    first, second = updates[3], updates[7]
+    assert np.linalg.matrix_rank(first) == np.linalg.matrix_rank(second) == 3
+    assert np.linalg.matrix_rank(first + second) == 6
+
+
+BASES = {
+    "adafactor": lambda: optax.adafactor(1e-2),
+    "adamw": lambda: optax.adamw(1e-2),
+    "sgd on a schedule": lambda: optax.sgd(optax.linear_schedule(1.0, 0.1, 5), momentum=0.9),
+}
+SCHEDULES = {"constant": 3, "growing": lambda step: jnp.where(step < 2, 2, 4)}
+
+
+def large(updates, gradient_step, params):
+    return optax.skip_large_updates(updates, gradient_step, params, max_squared_norm=50.0)
+
+
+@pytest.mark.parametrize("skip", [None, large])
+@pytest.mark.parametrize("every", SCHEDULES)
+@pytest.mark.parametrize("base", BASES)
+def test_dense_leaves_are_bit_equal_to_multisteps(base, every, skip):
+    settings = dict(every_k_schedule=SCHEDULES[every], should_skip_update_fn=skip)
+    ours = florax.flora_accumulate(BASES[base](), rank=20, **settings)
+    theirs = optax.MultiSteps(BASES[base](), **settings)
+    params = {"bias": normal(0, 7), "kernel": normal(1, 6, 5)}
+    p = q = params
+    s, t = ours.init(p), theirs.init(q)
+    our_update, their_update = jax.jit(ours.update), jax.jit(theirs.update)
+    updated = []
+    for step in range(14):
+        scale = 10.0 if step in (3, 8) else 1.0  # skipped, where anything is
+        grads = jax.tree.map(lambda x: scale * normal(step + 2, *x.shape), params)  # noqa: B023
+        u, s = our_update(grads, s, p)
+        v, t = their_update(grads, t, q)
+        p, q = optax.apply_updates(p, u), optax.apply_updates(q, v)
+        chex.assert_trees_all_equal(p, q)
+        chex.assert_trees_all_equal(s.inner_opt_state, t.inner_opt_state)
+        assert (s.mini_step, s.gradient_step) == (t.mini_step, t.gradient_step)
+        assert florax.has_updated(s) == theirs.has_updated(t)
+        chex.assert_trees_all_equal(s.skip_state, t.skip_state)
+        updated.append(bool(florax.has_updated(s)))
+    assert 2 <= sum(updated) < 14
+
+
+@pytest.mark.parametrize("use_grad_mean", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("accumulator_dtype", [jnp.float32, jnp.bfloat16])
+def test_dense_leaves_are_bit_equal_in_every_dtype(use_grad_mean, dtype, accumulator_dtype):
+    settings = dict(
+        every_k_schedule=3, use_grad_mean=use_grad_mean, accumulator_dtype=accumulator_dtype
+    )
+    ours = florax.flora_accumulate(optax.sgd(0.1), rank=9, **settings)
+    theirs = optax.MultiSteps(optax.sgd(0.1), **settings)
+    params = normal(0, 9, dtype=dtype)
+    s, t = ours.init(params), theirs.init(params)
+    for grad in normal(1, 6, 9, dtype=dtype):
+        u, s = ours.update(grad, s, params)
+        v, t = theirs.update(grad, t, params)
+        chex.assert_trees_all_equal((u, s.sketch.arrays), (v, t.acc_grads))
+        chex.assert_trees_all_equal_dtypes((u, s.sketch.arrays), (v, t.acc_grads))
+
+
+def test_the_default_accumulator_is_that_of_multisteps():
+    for dtype in (jnp.bfloat16, jnp.float32):
+        params = normal(0, 9, dtype=dtype)
+        ours = florax.flora_accumulate(optax.sgd(0.1), 2, rank=3).init(params)
+        chex.assert_trees_all_equal_dtypes(
+            ours.sketch.arrays, optax.MultiSteps(optax.sgd(0.1), 2).init(params).acc_grads
+        )
+
+
+def counting(optimizer, calls):
+    """The same optimizer; every *execution* of its update adds one to `calls`."""
+
+    def update(updates, state, params=None):
+        jax.debug.callback(lambda: calls.update(["executed"]))
+        return optimizer.update(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def test_the_base_optimizer_is_executed_and_moves_once_a_cycle_only():
+    calls = collections.Counter()
+    tx = florax.flora_accumulate(counting(optax.adam(0.1), calls), every_k_schedule=4, rank=3)
+    params = normal(0, 20, 12)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for step in range(1, 13):
+        before = state.inner_opt_state
+        updates, state = update(normal(step, 20, 12), state, params)
+        jax.effects_barrier()
+        assert calls["executed"] == step // 4
+        if step % 4:
+            chex.assert_trees_all_equal(state.inner_opt_state, before)
+            assert not updates.any()
+        else:
+            assert updates.all() and florax.has_updated(state)
+
+
+def test_the_base_optimizers_computation_stands_in_a_branch_of_a_conditional():
+    """From the jaxpr: `tan`, which only this base optimizer uses, is nowhere but under a `cond`."""
+    tx = florax.flora_accumulate(optax.stateless(lambda u, _: jnp.tan(u)), 4, rank=3)
+    params = normal(0, 20, 12)
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    found = []
+
+    def walk(jaxpr, under_cond):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "tan":
+                found.append(under_cond)
+            for sub in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                inner = getattr(sub, "jaxpr", sub)
+                if hasattr(inner, "eqns"):
+                    walk(inner, under_cond or eqn.primitive.name == "cond")
+
+    walk(jaxpr, False)
+    assert found == [True]
+
+
+@pytest.mark.parametrize("use_grad_mean", [True, False])
+@pytest.mark.parametrize("base", BASES)
+def test_accumulate_and_finish_in_one_jit_are_updates_called_every_k_times(base, use_grad_mean):
+    every = 4
+    tx = florax.flora_accumulate(BASES[base](), every, rank=3, use_grad_mean=use_grad_mean)
+    params = {"bias": normal(0, 7), "kernel": normal(1, 20, 12)}
+    batches = {"bias": normal(2, 2, every, 7), "kernel": normal(3, 2, every, 20, 12)}
+
+    @jax.jit
+    def whole_step(params, state, grads):
+        state, _ = jax.lax.scan(lambda s, g: (florax.accumulate(g, s), None), state, grads)
+        return florax.finish(tx, params, state)
+
+    update = jax.jit(tx.update)
+    p = q = params
+    s = t = tx.init(params)
+    for cycle in range(2):
+        grads = jax.tree.map(lambda x: x[cycle], batches)  # noqa: B023
+        p, s = whole_step(p, s, grads)
+        for k in range(every):
+            u, t = update(jax.tree.map(lambda x: x[k], grads), t, q)  # noqa: B023
+            q = optax.apply_updates(q, u)
+        # The same operations; the compiler may contract a product and a sum in one of the two.
+        chex.assert_trees_all_close((p, s), (q, t), rtol=1e-6, atol=1e-7)
+        chex.assert_trees_all_equal(s.gradient_step, jnp.int32(cycle + 1))
+
+
+def test_accumulate_leaves_out_what_the_skip_function_rejects():
+    tx = florax.flora_accumulate(
+        optax.sgd(1.0), 4, rank=3, should_skip_update_fn=optax.skip_not_finite
+    )
+    params = jnp.zeros((20, 12))
+    grads = normal(0, 3, 20, 12)
+    poisoned = jnp.stack([grads[0], grads[1].at[0, 0].set(jnp.nan), grads[2]])
+    add = lambda s, g: (florax.accumulate(g, s), None)  # noqa: E731
+    got, _ = jax.lax.scan(add, tx.init(params), poisoned)
+    expected, _ = jax.lax.scan(add, tx.init(params), grads[jnp.array([0, 2])])
+    assert got.mini_step == 2
+    assert_array_equal(got.sketch.arrays, expected.sketch.arrays)
+    new_params, _ = florax.finish(tx, params, got)
+    assert jnp.isfinite(new_params).all() and new_params.any()
+
+
+def test_extra_arguments_reach_the_base_optimizer():
+    def update(updates, state, params=None, *, value, **_):
+        return jax.tree.map(lambda u: u * value, updates), state
+
+    base = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    tx = florax.flora_accumulate(base, every_k_schedule=1, rank=20)
+    grad = normal(0, 7)
+    updates, _ = tx.update(grad, tx.init(grad), grad, value=jnp.float32(3))
+    assert_allclose(updates, 3 * grad)
+    params, _ = florax.finish(
+        tx, grad, florax.accumulate(grad, tx.init(grad)), value=jnp.float32(3)
+    )
+    assert_allclose(params, 4 * grad, rtol=1e-6)
+
+
+def test_momentum_inside_accumulation_averages_once_a_cycle():
+    """`flora_accumulate(chain(base, flora_momentum))`: κ counts updates, not micro-steps."""
+    tx = florax.flora_accumulate(
+        optax.chain(optax.sgd(1.0), florax.flora_momentum(3, 0.9, resample_every=2)), 4, rank=3
+    )
+    _, updates, states = run(tx, normal(0, 16, 20, 12))
+    assert_array_equal(states.inner_opt_state[1].count, np.repeat([0, 1, 2, 3, 4], [3, 4, 4, 4, 1]))
+    assert [bool(u.any()) for u in updates] == [False, False, False, True] * 4
