@@ -29,8 +29,8 @@ class FloraAccumulateState(NamedTuple):
       mini_step: micro-steps since the last update of the base optimizer, shape `()`, int32.
       gradient_step: updates of the base optimizer so far, shape `()`, int32.
       inner_opt_state: state of the base optimizer.
-      sketch: the accumulated gradient; `sketch.arrays` is a tree like the parameters with, per leaf,
-        its sketch, shape `(*batch, *rows, rank)`, or a full-size array if the leaf is kept dense.
+      sketch: the accumulated gradient; `sketch.arrays` is a tree like the parameters with, per
+        leaf, its sketch, shape `(*batch, *rows, rank)`, or a full-size array if it is kept dense.
       key: base key of the projections, raw threefry data, shape `(2,)`, uint32.
       rule: whether gradients are averaged and when they are skipped; static.
       skip_state: what `should_skip_update_fn` last reported.
@@ -61,7 +61,7 @@ class FloraAccumulate(optax.GradientTransformationExtraArgs):
         opt: optax.GradientTransformationExtraArgs,
     ) -> "FloraAccumulate":
         """Pair `init` and `update` with the base optimizer they wrap."""
-        self = super().__new__(cls, init, update)
+        self: FloraAccumulate = super().__new__(cls, init, update)
         self.opt = opt
         return self
 
@@ -91,15 +91,15 @@ def flora_accumulate(
     `optax.MultiSteps(opt, k).gradient_transformation()`, and exactly that for leaves kept dense.
 
     It wraps `opt`, it cannot stand in front of it: an optimizer that came after it in a chain would
-    take the zeros in between for gradients. What must see each micro-batch's gradient goes in front,
-    as in `optax.chain(optax.clip_by_global_norm(1.0), florax.flora_accumulate(...))`.
+    take the zeros in between for gradients. What must see each micro-batch's gradient goes in
+    front, as in `optax.chain(optax.clip_by_global_norm(1.0), florax.flora_accumulate(...))`.
 
     Args:
       opt: the base optimizer: any Optax transformation, `flora_momentum` included.
-      every_k_schedule: τ, in micro-steps, at least 1; or a function from the number of updates so far
-        to τ.
-      rank: width r of the sketches: an int; or a function `(path, leaf) -> int | None`; or a tree of
-        those, possibly a prefix of the parameters'. None keeps a leaf dense.
+      every_k_schedule: τ, in micro-steps, at least 1; or a function from the number of updates so
+        far to τ.
+      rank: width r of the sketches: an int; or a function `(path, leaf) -> int | None`; or a tree
+        of those, possibly a prefix of the parameters'. None keeps a leaf dense.
       use_grad_mean: average the gradients (the paper's 1/τ); else sum them.
       should_skip_update_fn: `(gradients, gradient_step, params) -> (skip, skip_state)`, for example
         `optax.skip_not_finite`: a skipped micro-step is as if it had never happened.
@@ -136,13 +136,13 @@ def flora_accumulate(
 
     Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024
     (arXiv:2402.03293), Algorithm 1, whose printed 1/n is 1/τ. The published JAX code has no
-    transformation for it; the published PyTorch code keeps the accumulator outside of its optimizer,
-    so that checkpoints lose it. Here it is part of the state.
+    transformation for it; the published PyTorch code keeps the accumulator outside of its
+    optimizer, so that checkpoints lose it. Here it is part of the state.
     """
     if not isinstance(opt, optax.GradientTransformation):
         raise TypeError(
-            f"opt must be an Optax gradient transformation, got {opt!r}. flora_accumulate wraps the "
-            "base optimizer: flora_accumulate(optax.adafactor(1e-3), every_k_schedule=16, rank=256)."
+            f"opt must be an Optax gradient transformation, got {opt!r}. flora_accumulate wraps "
+            "the base optimizer: flora_accumulate(optax.adafactor(1e-3), 16, rank=256)."
         )
     if not callable(every_k_schedule):
         _checks.positive_int("every_k_schedule", every_k_schedule)
@@ -294,7 +294,7 @@ def finish(
     if not isinstance(tx, FloraAccumulate):
         raise TypeError(
             f"finish takes what flora_accumulate returned as tx, got {tx!r}. Transformations that "
-            "stand beside it in a chain go into its base optimizer, or are applied to the gradients."
+            "stand beside it in a chain go into its base optimizer."
         )
     _check_state("finish", state)
     total = state.sketch.leaves()
@@ -317,7 +317,7 @@ def _add(micro_gradients: list[jax.Array], state: FloraAccumulateState) -> list[
     """The mean, or the sum, with one more micro-batch; not yet rounded to the state's dtype."""
     pairs = zip(micro_gradients, state.sketch.leaves(), strict=True)
     if state.rule.use_grad_mean:
-        # The running mean in the very form of `optax.MultiSteps`: dense leaves match it bit for bit.
+        # The running mean in the very form of `optax.MultiSteps`, for bit-equal dense leaves.
         return [old + (new - old) / (state.mini_step + 1) for new, old in pairs]
     return [new + old for new, old in pairs]
 
@@ -351,7 +351,7 @@ def _should_skip(
     if should_skip is None:
         return jnp.array(False), state
     skip, skip_state = should_skip(grads, state.gradient_step, params)
-    if (skip.dtype, skip.shape) != (jnp.bool_, ()):
+    if skip.shape or skip.dtype != jnp.bool_:
         raise ValueError(
             "should_skip_update_fn must return a boolean scalar first, got dtype "
             f"{skip.dtype} and shape {skip.shape}. Reduce it with jnp.any or jnp.all."

@@ -15,7 +15,7 @@ def flora(
     resample_every: jax.typing.ArrayLike = 1000,
     *,
     multiply_by_parameter_scale: bool = True,
-    weight_decay_rate: jax.typing.ArrayLike | None = None,
+    weight_decay_rate: float | jax.Array | None = None,
     weight_decay_mask: Any = None,
     key: Any = 0,
     projection: _projection.Projection = _projection.DEFAULT_PROJECTION,
@@ -27,9 +27,9 @@ def flora(
 ) -> optax.GradientTransformationExtraArgs:
     """Adafactor with its momentum kept as sketches: the paper's optimizer, ready made.
 
-    `optax.chain(optax.adafactor(learning_rate), florax.flora_momentum(rank, ...))`, and weight decay
-    after it. On leaves kept dense it is `optax.adafactor(learning_rate, momentum=decay, ...)`, bit
-    for bit. For other settings of Adafactor, or another base optimizer, write the chain.
+    `optax.chain(optax.adafactor(learning_rate), florax.flora_momentum(rank, ...))`, and weight
+    decay after it. On leaves kept dense it is `optax.adafactor(learning_rate, momentum=decay, ...)`
+    bit for bit. For other settings of Adafactor, or another base optimizer, write the chain.
 
     Args:
       learning_rate: a scalar or a schedule.

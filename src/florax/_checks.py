@@ -17,8 +17,8 @@ def positive_int(name: str, value: Any, *, static: bool = False) -> None:
     if isinstance(value, jax.Array):
         if static:
             raise TypeError(
-                f"{name} must be known when tracing, got the array {value}. Pass a Python int; under "
-                f"optax.inject_hyperparams name it in static_args, as in static_args=({name!r},)."
+                f"{name} must be known when tracing, got the array {value}. Pass a Python int; "
+                f"under optax.inject_hyperparams name it in static_args: static_args=({name!r},)."
             )
         if value.shape or not np.issubdtype(value.dtype, np.integer):
             raise TypeError(f"{name} must be an integer scalar, got {value}. Pass an int.")

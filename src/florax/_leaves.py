@@ -68,8 +68,8 @@ class FloraDimensionNumbers:
             for axis in axes:
                 if not -ndim <= axis < ndim:
                     raise ValueError(
-                        f"dimension_numbers of {path}: axis {axis} in {name}={axes} is out of range "
-                        f"for a leaf of {ndim} axes. Use axes from {-ndim} to {ndim - 1}."
+                        f"dimension_numbers of {path}: axis {axis} in {name}={axes} is out of "
+                        f"range for a leaf of {ndim} axes. Use axes from {-ndim} to {ndim - 1}."
                     )
             groups.append(tuple(axis % ndim for axis in axes))
         named = [axis for group in groups for axis in group]
@@ -77,8 +77,8 @@ class FloraDimensionNumbers:
             if named.count(axis) != 1:
                 problem = "named more than once" if axis in named else "missing"
                 raise ValueError(
-                    f"dimension_numbers of {path}: axis {axis} is {problem} in {self}. Name each of "
-                    f"the {ndim} axes once, as rows, columns or batch."
+                    f"dimension_numbers of {path}: axis {axis} is {problem} in {self}. Name each "
+                    f"of the {ndim} axes once, as rows, columns or batch."
                 )
         return FloraDimensionNumbers(*groups)
 
@@ -127,7 +127,8 @@ class Leaf:
             return _projection.draw(projection, _fold_in(cycle_key, index), rank, columns)
 
         index = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
-        return _over_stack(draw_one, len(stack))(index)
+        drawn: jax.Array = _over_stack(draw_one, len(stack))(index)
+        return drawn
 
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
         """Sketch a gradient of the leaf's shape: `(*batch, *rows, rank)`, float32 at least."""
@@ -145,7 +146,11 @@ class Leaf:
         return _over_stack(_projection.transfer, len(self.batch))(sketch, old, new)
 
     def round_to(
-        self, dtype: jax.typing.DTypeLike, value: jax.Array, key: jax.Array, *counts: jax.Array
+        self,
+        dtype: jax.typing.DTypeLike,
+        value: jax.Array,
+        key: jax.Array,
+        *counts: jax.typing.ArrayLike,
     ) -> jax.Array:
         """Round `value` to the state's dtype, right on average; `counts` say which draw this is."""
         rounding_key = _fold_in(key, *_words(self.path), _ROUNDING, *counts)
@@ -218,8 +223,9 @@ def _plan_leaf(
         rows, columns, m = columns, rows, n
     if projection == "cosine" and m > _projection.MAX_COSINE_COLUMNS:
         raise ValueError(
-            f"projection='cosine' is exact up to {_projection.MAX_COSINE_COLUMNS} columns, but {path} "
-            f"of shape {shape} has {m} on its {side} side. Use projection='gaussian' or rank=None."
+            f"projection='cosine' is exact up to {_projection.MAX_COSINE_COLUMNS} columns, but "
+            f"{path} of shape {shape} has {m} on its {side} side. Use projection='gaussian', or "
+            "rank=None for this leaf."
         )
     return dataclasses.replace(
         dense,
@@ -240,14 +246,15 @@ def match(updates: Any, leaves: tuple[Leaf, ...]) -> tuple[list[jax.Array], Any]
         surplus = [path for path in paths if path not in planned]
         raise ValueError(
             "The gradients do not match the parameters that the state was made for: "
-            f"missing {missing}, surplus {surplus}. Pass gradients of the parameters given to init, "
-            "or call init again."
+            f"missing {missing}, surplus {surplus}. Pass gradients of the parameters given to "
+            "init, or call init again."
         )
     for (_, grad), leaf in zip(flat, leaves, strict=True):
         if tuple(grad.shape) != leaf.shape:
             raise ValueError(
-                f"The gradient of {leaf.path} has shape {tuple(grad.shape)}, the parameter given to "
-                f"init had {leaf.shape}. Pass gradients of the same parameters, or call init again."
+                f"The gradient of {leaf.path} has shape {tuple(grad.shape)}, the parameter given "
+                f"to init had {leaf.shape}. Pass gradients of the same parameters, or call init "
+                "again."
             )
         _check_dtype(leaf.path, grad.dtype)
     return [grad for _, grad in flat], treedef
@@ -259,8 +266,8 @@ class Sketches:
     """What a state keeps for the leaves: arrays, and how to read them.
 
     Attributes:
-      arrays: a tree like the parameters; per leaf the sketch, shape `(*batch, *rows, rank)`, or, for
-        a leaf that is kept dense, an array of its own shape.
+      arrays: a tree like the parameters; per leaf the sketch, shape `(*batch, *rows, rank)`, or,
+        for a leaf that is kept dense, an array of its own shape.
       plan: one `Leaf` per leaf, in flattening order; static.
     """
 
@@ -352,8 +359,8 @@ def name(path: KeyPath) -> str:
 def _check_dtype(path: str, dtype: Any) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"{path} has dtype {dtype}; only real floating-point leaves can be trained. Leave it out, "
-            "for example with optax.masked."
+            f"{path} has dtype {dtype}; only real floating-point leaves can be trained. Leave it "
+            "out, for example with optax.masked."
         )
 
 

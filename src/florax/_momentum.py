@@ -15,11 +15,11 @@ class FloraMomentumState(NamedTuple):
     Attributes:
       count: updates seen so far, shape `()`, int32.
       key: base key of the projections, raw threefry data, shape `(2,)`, uint32.
-      sketch: the momentum; `sketch.arrays` is a tree like the parameters with, per leaf, its sketch,
-        shape `(*batch, *rows, rank)`, or a full-size average if the leaf is kept dense.
+      sketch: the momentum; `sketch.arrays` is a tree like the parameters with, per leaf, its
+        sketch, shape `(*batch, *rows, rank)`, or a full-size average if it is kept dense.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # the name of Optax's counts, not tuple.count
     key: jax.Array
     sketch: _leaves.Sketches
 
@@ -49,9 +49,9 @@ def flora_momentum(
 
     Chain it *after* an adaptive optimizer, where `optax.adafactor(momentum=...)` has its average
     too: `optax.chain(optax.adafactor(1e-3), florax.flora_momentum(128))`. In front of it the
-    optimizer would estimate its second moments from the sketch's noise. With
-    `optax.sgd`, which has no such state, either order is the same. To accumulate gradients as well, wrap the
-    chain in `flora_accumulate`; a momentum that follows an accumulation would average its zeros.
+    optimizer would estimate its second moments from the sketch's noise. With `optax.sgd`, which has
+    no such state, either order is the same. To accumulate gradients as well, wrap the chain in
+    `flora_accumulate`; a momentum that follows an accumulation would average its zeros.
 
     With `projection="gaussian"` keep `resample_every` above ln(1 + (m+1)/r) / (2 ln(1/β)), where
     m is the projected side: every transfer multiplies the expected ‖M‖² by 1 + (m+1)/r, and decay
@@ -59,8 +59,8 @@ def flora_momentum(
     r = 256. `"cosine"` has no such bound.
 
     Args:
-      rank: width r of the sketches: an int; or a function `(path, leaf) -> int | None`; or a tree of
-        those, possibly a prefix of the parameters'. None keeps a leaf dense.
+      rank: width r of the sketches: an int; or a function `(path, leaf) -> int | None`; or a tree
+        of those, possibly a prefix of the parameters'. None keeps a leaf dense.
       decay: β in [0, 1).
       resample_every: κ, in updates, at least 1.
       key: an int or a JAX PRNG key: the source of all projections.
@@ -76,8 +76,8 @@ def flora_momentum(
       nesterov: emit β M + (1 − β) G Aᵀ, decompressed, instead of M.
       dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
         `FloraDimensionNumbers`. None: a leaf of two axes is a matrix; others are kept dense.
-      accumulator_dtype: dtype of the state; None: that of the parameter, as in `optax.ema`. Sketches
-        below the precision of the update are rounded stochastically, so that they do not stall.
+      accumulator_dtype: dtype of the state; None: that of the parameter, as in `optax.ema`.
+        Sketches in 16 bits are rounded stochastically, so that they do not stall.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `FloraMomentumState`. As with

@@ -23,9 +23,7 @@ MAX_COSINE_COLUMNS = 2**20
 
 
 @functools.partial(jax.jit, static_argnames=("projection", "rank", "columns"))
-def draw(
-    projection: Projection, key: jax.Array, rank: int, columns: tuple[int, ...]
-) -> jax.Array:
+def draw(projection: Projection, key: jax.Array, rank: int, columns: tuple[int, ...]) -> jax.Array:
     """Draw A, shape `(rank, *columns)`, float32, from `key`, a raw threefry key of shape `(2,)`.
 
     `"gaussian"`: entries i.i.d. N(0, 1/rank), so E[AᵀA] = I and decompressing is unbiased; entry j

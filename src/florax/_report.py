@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from florax import _accumulate, _leaves, _momentum
+from florax import _accumulate, _momentum
 
 
 class ReportRow(NamedTuple):
@@ -56,29 +56,16 @@ class StateReport:
 
     def __str__(self) -> str:
         """The table."""
-        header = ("leaf", "shape", "rank", "side", "state", "full size", "share", "kept dense because")
         lines: list[tuple[str, ...] | str] = []
         for transformation in dict.fromkeys(row.transformation for row in self.rows):
             rows = [row for row in self.rows if row.transformation == transformation]
-            lines += [transformation, header]
-            for row in rows:
-                geometry = ("-", "-") if row.rank is None else (str(row.rank), str(row.side))
-                lines.append(
-                    (
-                        row.path,
-                        "×".join(map(str, row.shape)) or "scalar",
-                        *geometry,
-                        *_sizes(row.state_bytes, row.full_bytes),
-                        row.reason,
-                    )
-                )
-            totals = [sum(getattr(row, f) for row in rows) for f in ("state_bytes", "full_bytes")]
-            lines.append((f"total of {len(rows)} leaves", "", "", "", *_sizes(*totals), ""))
+            lines += [transformation, _HEADER, *map(_cells, rows)]
+            part = StateReport(tuple(rows))
+            sizes = _sizes(part.state_bytes, part.full_bytes)
+            lines.append((f"total of {len(rows)} leaves", "", "", "", *sizes, ""))
         table = [line for line in lines if isinstance(line, tuple)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)] if table else []
-        return "\n".join(
-            line if isinstance(line, str) else _align(line, widths) for line in lines
-        )
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(line if isinstance(line, str) else _align(line, widths) for line in lines)
 
 
 def state_report(tx: optax.GradientTransformation, params: Any) -> StateReport:
@@ -142,25 +129,31 @@ def _rows(state: Any) -> list[ReportRow]:
     return rows
 
 
+_HEADER = ("leaf", "shape", "rank", "side", "state", "full size", "share", "kept dense because")
+_RIGHT_ALIGNED = (False, False, True, True, True, True, True, False)
+
+
+def _cells(row: ReportRow) -> tuple[str, ...]:
+    shape = "×".join(map(str, row.shape)) or "scalar"
+    geometry = ("-", "-") if row.rank is None else (str(row.rank), str(row.side))
+    return (row.path, shape, *geometry, *_sizes(row.state_bytes, row.full_bytes), row.reason)
+
+
 def _sizes(state_bytes: int, full_bytes: int) -> tuple[str, str, str]:
     share = f"{state_bytes / full_bytes:.1%}" if full_bytes else "-"
     return _bytes(state_bytes), _bytes(full_bytes), share
 
 
 def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1024:
+        return f"{count:.0f} B"
+    exponent = min(int(math.log2(count) // 10), 4)
+    return f"{count / 1024**exponent:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[exponent - 1]}"
 
 
 def _align(cells: tuple[str, ...], widths: list[int]) -> str:
-    """Text to the left, sizes to the right."""
-    right = (False, False, True, True, True, True, True, False)
     padded = (
-        c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)
+        cell.rjust(width) if right else cell.ljust(width)
+        for cell, width, right in zip(cells, widths, _RIGHT_ALIGNED, strict=True)
     )
     return "  ".join(padded).rstrip()
