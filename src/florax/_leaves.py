@@ -124,11 +124,12 @@ class Leaf:
         cycle_key = _fold_in(key, *_words(self.path), _PROJECTION, cycle)
 
         def draw_one(index: jax.Array) -> jax.Array:
-            return _projection.draw(projection, _fold_in(cycle_key, index), rank, columns)
+            key = _fold_in(cycle_key, index)
+            drawn: jax.Array = _projection.draw(projection, key, rank, columns)
+            return drawn
 
         index = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
-        drawn: jax.Array = _over_stack(draw_one, len(stack))(index)
-        return drawn
+        return _over_stack(draw_one, len(stack))(index)
 
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
         """Sketch a gradient of the leaf's shape: `(*batch, *rows, rank)`, float32 at least."""
@@ -240,7 +241,9 @@ def _plan_leaf(
 def match(updates: Any, leaves: tuple[Leaf, ...]) -> tuple[list[jax.Array], Any]:
     """Flatten `updates` after checking that it is a tree of gradients for the planned leaves."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    paths, planned = [name(path) for path, _ in flat], [leaf.path for leaf in leaves]
+    # `flax.nnx.Optimizer` shows `init` its Variables and `update` the arrays that are their `.value`.
+    paths = [name(path).removesuffix(".value") for path, _ in flat]
+    planned = [leaf.path.removesuffix(".value") for leaf in leaves]
     if paths != planned:
         missing = [path for path in planned if path not in paths]
         surplus = [path for path in paths if path not in planned]
