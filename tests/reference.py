@@ -8,16 +8,19 @@ import numpy as np
 
 
 def momentum(grads, projections, decay, resample_every, *, residual=False, nesterov=False):
-    """Algorithm 2: yields (emitted update, sketch) for each of `grads`, each of shape (n, m)."""
+    """Algorithm 2: yields (emitted update, sketch) for each of `grads`, each of shape (n, m).
+
+    The sketch is yielded as the next step finds it: resampled, where that step starts a cycle.
+    """
     sketch = np.zeros((grads[0].shape[0], projections[0].shape[0]))
     for t, grad in enumerate(grads):
-        cycle = t // resample_every
-        a = projections[cycle]
-        if t > 0 and t % resample_every == 0:
-            sketch = sketch @ projections[cycle - 1] @ a.T
+        a = projections[t // resample_every]
         sketch = decay * sketch + (1 - decay) * grad @ a.T
         ahead = decay * sketch + (1 - decay) * grad @ a.T if nesterov else sketch
-        yield ahead @ a + (grad - grad @ a.T @ a if residual else 0), sketch
+        update = ahead @ a + (grad - grad @ a.T @ a if residual else 0)
+        if (t + 1) % resample_every == 0:
+            sketch = sketch @ a @ projections[t // resample_every + 1].T
+        yield update, sketch
 
 
 def accumulate(grads, projections, every_k, *, mean=True):

@@ -1,4 +1,4 @@
-"""The laws of one matrix: adjoint, unbiased, orthonormal, a contraction; exact angles, fair rounding."""
+"""The laws of one matrix: adjoint, unbiased, orthonormal, contracting, fairly rounded."""
 
 import math
 
@@ -79,7 +79,7 @@ def test_cosine_rows_are_orthonormal(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_cosine_entries_are_those_of_the_transform(size):
-    """Against Python's integers: an overflowing or float angle is still orthonormal now and then."""
+    """Against Python's integers: rows of wrong angles can be orthonormal too."""
     rank = min(size, 4)
     key_rows, key_signs = jax.random.split(
         jax.random.wrap_key_data(raw_key(size), impl="threefry2x32")

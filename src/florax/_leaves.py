@@ -241,7 +241,7 @@ def _plan_leaf(
 def match(updates: Any, leaves: tuple[Leaf, ...]) -> tuple[list[jax.Array], Any]:
     """Flatten `updates` after checking that it is a tree of gradients for the planned leaves."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    # `flax.nnx.Optimizer` shows `init` its Variables and `update` the arrays that are their `.value`.
+    # `flax.nnx.Optimizer` shows `init` its Variables, `update` the arrays that are their `.value`.
     paths = [name(path).removesuffix(".value") for path, _ in flat]
     planned = [leaf.path.removesuffix(".value") for leaf in leaves]
     if paths != planned:

@@ -1,6 +1,6 @@
 """Momentum kept as sketches: Algorithm 2 of the paper as an Optax transformation."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,15 @@ class FloraMomentumState(NamedTuple):
 
     Attributes:
       count: updates seen so far, shape `()`, int32.
+      cycle: which projections the sketches are read with, and the next update is compressed with,
+        shape `()`, int32.
       key: base key of the projections, raw threefry data, shape `(2,)`, uint32.
       sketch: the momentum; `sketch.arrays` is a tree like the parameters with, per leaf, its
         sketch, shape `(*batch, *rows, rank)`, or a full-size average if it is kept dense.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name of Optax's counts, not tuple.count
+    cycle: jax.Array
     key: jax.Array
     sketch: _leaves.Sketches
 
@@ -44,8 +47,8 @@ def flora_momentum(
     .. math::
         M \leftarrow \beta M + (1 - \beta) G A^\top, \qquad \text{emit } M A,
 
-    and every κ = `resample_every` updates, before that, a new A' is drawn and M ← M A A'ᵀ. Leaves
-    that are kept dense get exactly `optax.ema(decay, debias=False)`.
+    and every κ = `resample_every` updates a new A' is drawn and M ← M A A'ᵀ. Leaves that are kept
+    dense get exactly `optax.ema(decay, debias=False)`.
 
     Chain it *after* an adaptive optimizer, where `optax.adafactor(momentum=...)` has its average
     too: `optax.chain(optax.adafactor(1e-3), florax.flora_momentum(128))`. In front of it the
@@ -115,13 +118,13 @@ def flora_momentum(
         )
 
     def init_fn(params: optax.Params) -> FloraMomentumState:
-        count = jnp.zeros([], jnp.int32)
+        zero, base_key = jnp.zeros([], jnp.int32), _leaves.base_key(key)
         if _leaves.is_stand_in(params):
-            return FloraMomentumState(count, _leaves.base_key(key), count)  # type: ignore[arg-type]
+            return FloraMomentumState(zero, zero, base_key, cast(_leaves.Sketches, zero))
         leaves = _leaves.plan(params, rank, side, projection, dimension_numbers)
         dtype = accumulator_dtype
         sketch = _leaves.zero_sketches(params, leaves, lambda own: own if dtype is None else dtype)
-        return FloraMomentumState(count, _leaves.base_key(key), sketch)
+        return FloraMomentumState(zero, zero, base_key, sketch)
 
     def update_fn(
         updates: optax.Updates,
@@ -132,18 +135,15 @@ def flora_momentum(
         del params, extra_args
         leaves = state.sketch.plan
         grads, treedef = _leaves.match(updates, leaves)
-        old = _resampled(state, resample_every)
-        cycle = state.count // resample_every
-
         emitted, kept = [], []
-        for leaf, grad, average in zip(leaves, grads, old, strict=True):
+        for leaf, grad, average in zip(leaves, grads, state.sketch.leaves(), strict=True):
             if leaf.rank is None:
                 new = optax.tree.update_moment(grad, average, decay, order=1)
                 out = optax.tree.update_moment(grad, new, decay, order=1) if nesterov else new
                 emitted.append(out)
                 kept.append(new.astype(average.dtype))
                 continue
-            a = leaf.draw(state.key, cycle)
+            a = leaf.draw(state.key, state.cycle)
             sketch = leaf.compress(grad, a)
             new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
@@ -153,38 +153,41 @@ def flora_momentum(
             emitted.append(out.astype(jnp.promote_types(grad.dtype, average.dtype)))
             kept.append(leaf.round_to(average.dtype, new, state.key, state.count, _AVERAGE))
 
-        count = optax.safe_increment(state.count)
-        return jax.tree.unflatten(treedef, emitted), FloraMomentumState(
-            count, state.key, state.sketch.replace(kept)
+        state = state._replace(
+            count=optax.safe_increment(state.count), sketch=state.sketch.replace(kept)
+        )
+        # At the end of a cycle, not at the start of the next: so the state alone says with which
+        # projections to read it, whatever becomes of `resample_every`.
+        return jax.tree.unflatten(treedef, emitted), _resample(
+            state, state.count % resample_every == 0
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _resampled(state: FloraMomentumState, resample_every: jax.typing.ArrayLike) -> list[jax.Array]:
-    """The averages as the current cycle's projections read them: carried over where it is new."""
-    averages = state.sketch.leaves()
-    compressed = [i for i, leaf in enumerate(state.sketch.plan) if leaf.rank is not None]
+def _resample(state: FloraMomentumState, ends_cycle: jax.Array) -> FloraMomentumState:
+    """Where a cycle ends, carry the sketches over to the next one's projections."""
+    kept, plan = state.sketch.leaves(), state.sketch.plan
+    compressed = [i for i, leaf in enumerate(plan) if leaf.rank is not None]
 
     def carry_over(sketches: list[jax.Array]) -> list[jax.Array]:
-        cycle = state.count // resample_every
         carried = []
         for i, sketch in zip(compressed, sketches, strict=True):
-            leaf = state.sketch.plan[i]
             # Both projections are drawn here, once in `resample_every` updates; drawn outside the
             # branch, those of all leaves would be alive at once.
-            old, new = leaf.draw(state.key, cycle - 1), leaf.draw(state.key, cycle)
-            moved = leaf.transfer(sketch, old, new)
-            carried.append(leaf.round_to(sketch.dtype, moved, state.key, state.count, _TRANSFER))
+            old, new = (plan[i].draw(state.key, cycle) for cycle in (state.cycle, state.cycle + 1))
+            moved = plan[i].transfer(sketch, old, new)
+            carried.append(plan[i].round_to(sketch.dtype, moved, state.key, state.count, _TRANSFER))
         return carried
 
-    starts_cycle = (state.count > 0) & (state.count % resample_every == 0)
-    sketches = [averages[i] for i in compressed]
-    sketches = jax.lax.cond(starts_cycle, carry_over, lambda unchanged: unchanged, sketches)
+    sketches = [kept[i] for i in compressed]
+    sketches = jax.lax.cond(ends_cycle, carry_over, lambda unchanged: unchanged, sketches)
     for i, sketch in zip(compressed, sketches, strict=True):
-        averages[i] = sketch
-    return averages
+        kept[i] = sketch
+    return state._replace(
+        cycle=state.cycle + ends_cycle.astype(jnp.int32), sketch=state.sketch.replace(kept)
+    )
 
 
-# Which of the two roundings of an update it is: after the transfer, or after the average.
-_TRANSFER, _AVERAGE = 0, 1
+# Which of the two roundings of an update it is: after the average, or after the transfer.
+_AVERAGE, _TRANSFER = 0, 1
