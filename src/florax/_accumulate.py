@@ -304,12 +304,12 @@ def finish(
 
 def _compress(grads: optax.Updates, state: FloraAccumulateState) -> list[jax.Array]:
     """What one micro-batch adds: per leaf the sketch of its gradient, or the gradient if dense."""
-    flat, _ = _leaves.match(grads, state.sketch.plan)
+    leaves = state.sketch.plan
+    flat, _ = _leaves.match(grads, leaves)
+    drawn = _leaves.draw(leaves, state.key, state.gradient_step)
     return [
-        grad
-        if leaf.rank is None
-        else leaf.compress(grad, leaf.draw(state.key, state.gradient_step))
-        for leaf, grad in zip(state.sketch.plan, flat, strict=True)
+        grad if a is None else leaf.compress(grad, a)
+        for leaf, grad, a in zip(leaves, flat, drawn, strict=True)
     ]
 
 
@@ -326,19 +326,16 @@ def _store(
     micro_gradients: list[jax.Array], skip: jax.Array, state: FloraAccumulateState
 ) -> FloraAccumulateState:
     """The state after a micro-step that does not end the cycle."""
-    counts = (state.gradient_step, state.mini_step)
-    kept = [
-        jnp.where(
-            skip,
-            old,
-            total.astype(old.dtype)
-            if leaf.rank is None
-            else leaf.round_to(old.dtype, total, state.key, *counts),
-        )
-        for leaf, old, total in zip(
-            state.sketch.plan, state.sketch.leaves(), _add(micro_gradients, state), strict=True
-        )
-    ]
+    kept = state.sketch.leaves()
+    total = _leaves.round_all(
+        state.sketch.plan,
+        _add(micro_gradients, state),
+        [old.dtype for old in kept],
+        state.key,
+        state.gradient_step,
+        state.mini_step,
+    )
+    kept = [jnp.where(skip, old, new) for old, new in zip(kept, total, strict=True)]
     mini_step = jnp.where(skip, state.mini_step, optax.safe_increment(state.mini_step))
     return state._replace(mini_step=mini_step, sketch=state.sketch.replace(kept))
 
@@ -368,13 +365,13 @@ def _finish(
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, FloraAccumulateState]:
     """Run the base optimizer on what was accumulated, in the dtypes of `like`, and start afresh."""
-    likes, treedef = _leaves.match(like, state.sketch.plan)
-    grads = []
-    for leaf, accumulated, target in zip(state.sketch.plan, total, likes, strict=True):
-        if leaf.rank is not None:
-            projection = leaf.draw(state.key, state.gradient_step)
-            accumulated = leaf.decompress(accumulated, projection)
-        grads.append(accumulated.astype(target.dtype))
+    leaves = state.sketch.plan
+    likes, treedef = _leaves.match(like, leaves)
+    drawn = _leaves.draw(leaves, state.key, state.gradient_step)
+    grads = [
+        (accumulated if a is None else leaf.decompress(accumulated, a)).astype(target.dtype)
+        for leaf, accumulated, target, a in zip(leaves, total, likes, drawn, strict=True)
+    ]
     updates, inner_opt_state = opt.update(
         jax.tree.unflatten(treedef, grads), state.inner_opt_state, params, **extra_args
     )

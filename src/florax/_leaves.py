@@ -5,6 +5,7 @@ and `state_report` know of a leaf they read from its `Leaf`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from florax import _checks, _projection
@@ -114,22 +116,16 @@ class Leaf:
     def draw(self, key: jax.Array, cycle: jax.typing.ArrayLike) -> jax.Array:
         """The projections of this leaf in a cycle, float32, shape `(*batch, rank, *columns)`.
 
-        They depend on the base key, the leaf's path, the cycle and the index in the stack, and on
-        nothing else: not on other leaves, the sharding or the number of devices.
+        See `draw`, which draws those of several leaves together.
         """
-        assert self.rank is not None
-        stack = tuple(self.shape[i] for i in self.batch)
-        columns = tuple(self.shape[i] for i in self.columns)
-        rank, projection = self.rank, self.projection
-        cycle_key = _fold_in(key, *_words(self.path), _PROJECTION, cycle)
+        (projection,) = draw((self,), key, cycle)
+        assert projection is not None
+        return projection
 
-        def draw_one(index: jax.Array) -> jax.Array:
-            key = _fold_in(cycle_key, index)
-            drawn: jax.Array = _projection.draw(projection, key, rank, columns)
-            return drawn
-
-        index = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
-        return _over_stack(draw_one, len(stack))(index)
+    @property
+    def matrices(self) -> int:
+        """How many matrices the leaf is a stack of."""
+        return math.prod(self.shape[axis] for axis in self.batch)
 
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
         """Sketch a gradient of the leaf's shape: `(*batch, *rows, rank)`, float32 at least."""
@@ -146,16 +142,62 @@ class Leaf:
         """Carry a sketch over from the projections `old` to `new`."""
         return _over_stack(_projection.transfer, len(self.batch))(sketch, old, new)
 
-    def round_to(
-        self,
-        dtype: jax.typing.DTypeLike,
-        value: jax.Array,
-        key: jax.Array,
-        *counts: jax.typing.ArrayLike,
-    ) -> jax.Array:
-        """Round `value` to the state's dtype, right on average; `counts` say which draw this is."""
-        rounding_key = _fold_in(key, *_words(self.path), _ROUNDING, *counts)
-        return _projection.stochastic_round(value, dtype, rounding_key)
+
+def draw(
+    leaves: tuple[Leaf, ...], key: jax.Array, cycle: jax.typing.ArrayLike
+) -> list[jax.Array | None]:
+    """The projections of all leaves in a cycle; None for those that are kept dense.
+
+    A matrix's projection depends on the base key, the path of its leaf, its index in the stack and
+    the cycle, and on nothing else: not on other leaves, the sharding or the number of devices.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if leaf.rank is not None:
+            columns = tuple(leaf.shape[axis] for axis in leaf.columns)
+            groups.setdefault((leaf.projection, leaf.rank, columns), []).append(i)
+
+    # One call a group, not one a leaf: a call takes a quarter of a second to compile, and a model
+    # whose layers are not stacked has hundreds of leaves.
+    drawn: list[jax.Array | None] = [None] * len(leaves)
+    for (projection, rank, columns), members in groups.items():
+        labels = [(leaves[i].path, k) for i in members for k in range(leaves[i].matrices)]
+        keys = _keys(key, labels, cycle)
+        one = functools.partial(_projection.draw, projection, rank=rank, columns=columns)
+        together = jax.vmap(one)(keys)
+        start = 0
+        for i in members:
+            leaf, stop = leaves[i], start + leaves[i].matrices
+            stack = tuple(leaf.shape[axis] for axis in leaf.batch)
+            drawn[i] = together[start:stop].reshape(*stack, rank, *columns)
+            start = stop
+    return drawn
+
+
+def round_all(
+    leaves: tuple[Leaf, ...],
+    values: list[jax.Array],
+    dtypes: list[jnp.dtype],
+    key: jax.Array,
+    *counts: jax.typing.ArrayLike,
+) -> list[jax.Array]:
+    """Round what the leaves keep to the state's dtypes; `counts` say which rounding it is.
+
+    Sketches are rounded stochastically, so that they are right on average; leaves that are kept
+    dense are cast, as Optax does.
+    """
+    rounded = [value.astype(dtype) for value, dtype in zip(values, dtypes, strict=True)]
+    narrowed = [
+        i
+        for i, (leaf, value, dtype) in enumerate(zip(leaves, values, dtypes, strict=True))
+        if leaf.rank is not None and jnp.promote_types(value.dtype, dtype) != dtype
+    ]
+    if narrowed:
+        # No matrix of a stack has the index -1: no rounding shares a key with a projection.
+        keys = _keys(key, [(leaves[i].path, -1) for i in narrowed], *counts)
+        for i, words in zip(narrowed, keys, strict=True):
+            rounded[i] = _projection.stochastic_round(values[i], dtypes[i], words)
+    return rounded
 
 
 def check_settings(rank: Rank, side: Side, projection: _projection.Projection) -> None:
@@ -350,9 +392,6 @@ _ATTENTION_AND_FEED_FORWARD = re.compile(
     r"|layer/\d+/output/dense"  # the second feed-forward matrix of Hugging Face's ViT and BERT
 )
 
-# Apart so that no rounding draw shares its bits with a projection.
-_PROJECTION, _ROUNDING = 0, 1
-
 
 def name(path: KeyPath) -> str:
     """The path as users write it, as in `['layers'][0]['kernel']`; `<root>` for a bare array."""
@@ -386,18 +425,24 @@ def _resolve(argument: str, spec: Any, params: Any, flat: list[tuple[KeyPath, An
     return values
 
 
-def _words(path: str) -> tuple[int, int]:
-    """64 bits that identify a path, the same in every process (Python's own hash is not)."""
-    digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
+def _keys(
+    key: jax.Array, labels: list[tuple[str, int]], *counts: jax.typing.ArrayLike
+) -> jax.Array:
+    """A raw threefry key, row by row, for each label: the base key with counts and label folded in.
 
+    A label enters by 64 bits of its digest, the same in every process (Python's own hash is not).
+    """
+    digests = [hashlib.blake2b(repr(label).encode(), digest_size=8).digest() for label in labels]
+    words = jnp.array([np.frombuffer(digest, ">u4").astype(np.uint32) for digest in digests])
+    base = jax.random.wrap_key_data(key, impl="threefry2x32")
+    for count in counts:
+        base = jax.random.fold_in(base, count)
 
-def _fold_in(key: jax.Array, *data: jax.typing.ArrayLike) -> jax.Array:
-    """Fold integers into a raw threefry key, one after the other."""
-    typed_key = jax.random.wrap_key_data(key, impl="threefry2x32")
-    for word in data:
-        typed_key = jax.random.fold_in(typed_key, word)
-    return jax.random.key_data(typed_key)
+    def fold(words: jax.Array) -> jax.Array:
+        folded = jax.random.fold_in(jax.random.fold_in(base, words[0]), words[1])
+        return jax.random.key_data(folded)
+
+    return jax.vmap(fold)(words)
 
 
 def _over_stack(function: Callable[..., jax.Array], depth: int) -> Callable[..., jax.Array]:

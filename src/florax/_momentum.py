@@ -135,15 +135,17 @@ def flora_momentum(
         del params, extra_args
         leaves = state.sketch.plan
         grads, treedef = _leaves.match(updates, leaves)
+        averages = state.sketch.leaves()
+        drawn = _leaves.draw(leaves, state.key, state.cycle)
+
         emitted, kept = [], []
-        for leaf, grad, average in zip(leaves, grads, state.sketch.leaves(), strict=True):
-            if leaf.rank is None:
+        for leaf, grad, average, a in zip(leaves, grads, averages, drawn, strict=True):
+            if a is None:
                 new = optax.tree.update_moment(grad, average, decay, order=1)
                 out = optax.tree.update_moment(grad, new, decay, order=1) if nesterov else new
                 emitted.append(out)
-                kept.append(new.astype(average.dtype))
+                kept.append(new)
                 continue
-            a = leaf.draw(state.key, state.cycle)
             sketch = leaf.compress(grad, a)
             new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
@@ -151,8 +153,10 @@ def flora_momentum(
             out = leaf.decompress(out - sketch if residual else out, a)
             out = out + grad if residual else out
             emitted.append(out.astype(jnp.promote_types(grad.dtype, average.dtype)))
-            kept.append(leaf.round_to(average.dtype, new, state.key, state.count, _AVERAGE))
+            kept.append(new)
 
+        dtypes = [average.dtype for average in averages]
+        kept = _leaves.round_all(leaves, kept, dtypes, state.key, state.count, _AVERAGE)
         state = state._replace(
             count=optax.safe_increment(state.count), sketch=state.sketch.replace(kept)
         )
@@ -167,18 +171,21 @@ def flora_momentum(
 
 def _resample(state: FloraMomentumState, ends_cycle: jax.Array) -> FloraMomentumState:
     """Where a cycle ends, carry the sketches over to the next one's projections."""
-    kept, plan = state.sketch.leaves(), state.sketch.plan
-    compressed = [i for i, leaf in enumerate(plan) if leaf.rank is not None]
+    kept = state.sketch.leaves()
+    compressed = [i for i, leaf in enumerate(state.sketch.plan) if leaf.rank is not None]
+    leaves = tuple(state.sketch.plan[i] for i in compressed)
 
     def carry_over(sketches: list[jax.Array]) -> list[jax.Array]:
-        carried = []
-        for i, sketch in zip(compressed, sketches, strict=True):
-            # Both projections are drawn here, once in `resample_every` updates; drawn outside the
-            # branch, those of all leaves would be alive at once.
-            old, new = (plan[i].draw(state.key, cycle) for cycle in (state.cycle, state.cycle + 1))
-            moved = plan[i].transfer(sketch, old, new)
-            carried.append(plan[i].round_to(sketch.dtype, moved, state.key, state.count, _TRANSFER))
-        return carried
+        # Both projections are drawn here, once in `resample_every` updates, and not kept alive.
+        old = _leaves.draw(leaves, state.key, state.cycle)
+        new = _leaves.draw(leaves, state.key, state.cycle + 1)
+        moved = [
+            leaf.transfer(sketch, a, b)
+            for leaf, sketch, a, b in zip(leaves, sketches, old, new, strict=True)
+            if a is not None and b is not None
+        ]
+        dtypes = [sketch.dtype for sketch in sketches]
+        return _leaves.round_all(leaves, moved, dtypes, state.key, state.count, _TRANSFER)
 
     sketches = [kept[i] for i in compressed]
     sketches = jax.lax.cond(ends_cycle, carry_over, lambda unchanged: unchanged, sketches)

@@ -95,19 +95,32 @@ def stochastic_round(value: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Arr
     """Round `value` to `dtype`, up or down with the probabilities that make it right on average.
 
     Rounding to the nearest stalls a moving average whose increments are below half a unit in the
-    last place: in bfloat16 from a decay of about 0.99 on. `key` is a raw key of shape `(2,)`. Where
-    `dtype` holds every value of `value.dtype` this is a cast, and nothing is drawn.
+    last place: in bfloat16 from a decay of about 0.99 on. `key` is two random words, uint32, shape
+    `(2,)`.
     """
-    if jnp.promote_types(value.dtype, dtype) == dtype:
-        return value.astype(dtype)
     nearest = value.astype(dtype)
     error = value - nearest.astype(value.dtype)
     other = jnp.nextafter(nearest, jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype))
     gap = other.astype(value.dtype) - nearest.astype(value.dtype)
-    typed_key = jax.random.wrap_key_data(key, impl="threefry2x32")
     # An infinite or undefined value makes the quotient 0 or NaN: the nearest value then stands.
-    goes_to_other = jax.random.uniform(typed_key, value.shape, value.dtype) < error / gap
-    return jnp.where(goes_to_other, other, nearest)
+    return jnp.where(_noise(key, value.shape) < error / gap, other, nearest)
+
+
+def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Uniform in [0, 1), float32: a hash of the key and each entry's position.
+
+    Rounding needs noise, not randomness. `jax.random.uniform` would write a float32 buffer of the
+    sketch's shape, and take a quarter of a second to compile for every leaf; this is a few integer
+    operations inside the kernel that rounds. The mixer is Wellons' lowbias32, its constants
+    included (https://nullprogram.com/blog/2018/07/31/).
+    """
+    word = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    for half in key:
+        word = word ^ half
+        word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
+        word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+        word = word ^ (word >> 16)
+    return (word >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def _contract_columns(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
