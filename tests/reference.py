@@ -4,7 +4,48 @@ The projections are given: `projections[cycle]` is A, shape (rank, m), for the m
 projected side last.
 """
 
+import jax
 import numpy as np
+
+import florax
+
+# Leaves that show every case: (shape, axes of rows, columns and stack).
+LEAVES = {
+    "tall": ((20, 12), (0,), (1,), ()),
+    "wide": ((12, 20), (0,), (1,), ()),
+    "stacked": ((3, 12, 20), (1,), (2,), (0,)),
+}
+
+
+def dimension_numbers(path, leaf):
+    """`FloraDimensionNumbers` of a tree of `LEAVES`."""
+    return florax.FloraDimensionNumbers(*LEAVES[path[0].key][1:])
+
+
+def matrices(name, side, x):
+    """A leaf as its stack of matrices, projected side last, in float64: (stack, n, m)."""
+    shape, rows, columns, batch = LEAVES[name]
+    smaller_first = shape[rows[0]] < shape[columns[0]]
+    if smaller_first == (side == "smaller"):
+        rows, columns = columns, rows
+    x = np.asarray(x, np.float64).transpose(batch + rows + columns)
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def projections(state, cycles):
+    """A of every leaf, in float64: a dict of (cycle, stack, rank, m)."""
+    draw = jax.jit(lambda c: [leaf.draw(state.key, c) for leaf in state.sketch.plan])
+    drawn = [[np.asarray(a, np.float64) for a in draw(cycle)] for cycle in range(cycles)]
+    return {
+        name: np.stack([a.reshape(-1, *a.shape[-2:]) for a in of_leaf])
+        for name, of_leaf in zip(sorted(LEAVES), zip(*drawn, strict=True), strict=True)
+    }
+
+
+def relative_error(got, wanted):
+    """Distance over length, 0 where both are zero."""
+    distance = np.linalg.norm(np.asarray(got, np.float64) - wanted)
+    return distance / np.linalg.norm(wanted) if distance else 0.0
 
 
 def momentum(grads, projections, decay, resample_every, *, residual=False, nesterov=False):

@@ -14,29 +14,22 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import florax
 
-STACKED = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
-SHAPES = {
-    "tall": ((20, 12), None, (0, 1)),
-    "wide": ((12, 20), None, (1, 0)),
-    "stacked": ((3, 12, 20), STACKED, (0, 2, 1)),
-}
-
 
 def normal(seed, *shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def run(tx, grads, params=None):
+def run(tx, grads):
     """The first state, and the updates and states of every step, from one compiled scan."""
-    params = jnp.zeros_like(grads[0]) if params is None else params
+    params = jax.tree.map(lambda g: jnp.zeros_like(g[0]), grads)
 
     def step(state, grad):
         updates, state = tx.update(grad, state, params)
         return state, (updates, state)
 
     first = tx.init(params)
-    _, (updates, states) = jax.jit(lambda s, g: jax.lax.scan(step, s, g))(first, grads)
-    return first, np.asarray(updates), jax.tree.map(np.asarray, states)
+    _, outputs = jax.jit(lambda s, g: jax.lax.scan(step, s, g))(first, grads)
+    return first, *jax.tree.map(np.asarray, outputs)
 
 
 def projections(state, cycles):
@@ -47,12 +40,8 @@ def projections(state, cycles):
 
 @pytest.mark.parametrize("mean", [True, False])
 @pytest.mark.parametrize("side", ["smaller", "larger"])
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("projection", ["gaussian", "cosine"])
-def test_states_and_updates_are_those_of_the_float64_reference(projection, shape, side, mean):
-    shape, dimensions, order = SHAPES[shape]
-    if side == "larger":
-        order = (*order[:-2], order[-1], order[-2])
+def test_states_and_updates_are_those_of_the_float64_reference(projection, side, mean):
     tx = florax.flora_accumulate(
         optax.identity(),
         every_k_schedule=8,
@@ -60,22 +49,22 @@ def test_states_and_updates_are_those_of_the_float64_reference(projection, shape
         use_grad_mean=mean,
         projection=projection,
         side=side,
-        dimension_numbers=lambda *_: dimensions,
+        dimension_numbers=reference.dimension_numbers,
     )
-    grads = normal(0, 50, *shape)
+    grads = {
+        name: normal(seed, 50, *leaf[0])
+        for seed, (name, leaf) in enumerate(reference.LEAVES.items())
+    }
     first, updates, states = run(tx, grads)
-    stack, m = (shape[0] if dimensions else 1), shape[order[-1]]
-    to_matrices = lambda x: np.asarray(x, np.float64).transpose(order).reshape(stack, -1, m)  # noqa: E731
-    drawn = [a.reshape(stack, 4, m) for a in projections(first, 7)]
-    matrices, emitted = [to_matrices(g) for g in grads], [to_matrices(u) for u in updates]
-    for i in range(stack):
-        expected = reference.accumulate(
-            [g[i] for g in matrices], [a[i] for a in drawn], 8, mean=mean
-        )
-        for t, (update, sketch) in enumerate(expected):
-            got = np.asarray(states.sketch.arrays[t], np.float64).reshape(stack, -1, 4)[i]
-            assert np.linalg.norm(got - sketch) <= 1e-5 * np.linalg.norm(sketch)
-            assert np.linalg.norm(emitted[t][i] - update) <= 1e-5 * np.linalg.norm(update)
+    for name, drawn in reference.projections(first, 7).items():
+        given = np.stack([reference.matrices(name, side, g) for g in grads[name]])
+        emitted = np.stack([reference.matrices(name, side, u) for u in updates[name]])
+        kept = states.sketch.arrays[name].reshape(*given.shape[:-1], 4)
+        for i in range(given.shape[1]):
+            expected = reference.accumulate(given[:, i], drawn[:, i], 8, mean=mean)
+            for t, (update, sketch) in enumerate(expected):
+                assert reference.relative_error(emitted[t, i], update) < 1e-5
+                assert reference.relative_error(kept[t, i], sketch) < 1e-5
 
 
 @pytest.mark.parametrize("projection", ["gaussian", "cosine"])
@@ -254,8 +243,9 @@ def test_accumulate_and_finish_in_one_jit_are_updates_called_every_k_times(base,
         for k in range(every):
             u, t = update(jax.tree.map(lambda x: x[k], grads), t, q)  # noqa: B023
             q = optax.apply_updates(q, u)
-        # The same operations; the compiler may contract a product and a sum in one of the two.
-        chex.assert_trees_all_close((p, s), (q, t), rtol=1e-6, atol=1e-7)
+        # The same operations, compiled in another order: 12 + 3 float32 products a cycle, of sizes
+        # up to 20, are off by up to 2 · 15 · 2⁻²⁴ · 20.
+        chex.assert_trees_all_close((p, s), (q, t), rtol=0, atol=4e-5)
         chex.assert_trees_all_equal(s.gradient_step, jnp.int32(cycle + 1))
 
 
