@@ -85,7 +85,7 @@ def test_cosine_entries_are_those_of_the_transform(size):
         jax.random.wrap_key_data(raw_key(size), impl="threefry2x32")
     )
     rows = [int(k) for k in jax.random.permutation(key_rows, size)[:rank]]
-    signs = np.asarray(jax.random.rademacher(key_signs, (size,), jnp.float32), np.float64)
+    signs = 1 - 2.0 * np.asarray(jax.random.bits(key_signs, (size,), jnp.uint32) & 1)
     columns = [*range(min(size, 1500)), *range(size - min(size, 1500), size)]
     a = np.asarray(_projection.draw("cosine", raw_key(size), rank, (size,)), np.float64)
     for i, k in enumerate(rows):

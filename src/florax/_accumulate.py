@@ -45,27 +45,6 @@ class FloraAccumulateState(NamedTuple):
     skip_state: Any = ()
 
 
-class FloraAccumulate(optax.GradientTransformationExtraArgs):
-    """What `flora_accumulate` returns: a transformation that remembers its base optimizer.
-
-    Attributes:
-      opt: the base optimizer, which `finish` runs.
-    """
-
-    opt: optax.GradientTransformationExtraArgs
-
-    def __new__(
-        cls,
-        init: optax.TransformInitFn,
-        update: optax.TransformUpdateExtraArgsFn,
-        opt: optax.GradientTransformationExtraArgs,
-    ) -> "FloraAccumulate":
-        """Pair `init` and `update` with the base optimizer they wrap."""
-        self: FloraAccumulate = super().__new__(cls, init, update)
-        self.opt = opt
-        return self
-
-
 def flora_accumulate(
     opt: optax.GradientTransformation,
     every_k_schedule: int | Callable[[jax.Array], jax.typing.ArrayLike],
@@ -78,7 +57,7 @@ def flora_accumulate(
     side: _leaves.Side = "smaller",
     dimension_numbers: _leaves.DimensionNumbers | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
-) -> FloraAccumulate:
+) -> optax.GradientTransformationExtraArgs:
     r"""Accumulate gradients as random sketches around a base optimizer (FLORA, Algorithm 1).
 
     For a matrix of gradients G₁, …, G_τ, with τ = `every_k_schedule`, and the cycle's projection A:
@@ -156,28 +135,43 @@ def flora_accumulate(
         return jnp.promote_types(own, jnp.float32)
 
     def init_fn(params: optax.Params) -> FloraAccumulateState:
-        zero = jnp.zeros([], jnp.int32)
+        # Two arrays, not one twice: states can be donated.
+        mini_step, gradient_step = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         base_state, base_key = base.init(params), _leaves.base_key(key)
         if _leaves.is_stand_in(params):
-            stand_in = cast(_leaves.Sketches, zero)
-            return FloraAccumulateState(zero, zero, base_state, stand_in, base_key, rule)
+            sketch = cast(_leaves.Sketches, mini_step)
+            return FloraAccumulateState(
+                mini_step, gradient_step, base_state, sketch, base_key, rule
+            )
         leaves = _leaves.plan(params, rank, side, projection, dimension_numbers)
         sketch = _leaves.zero_sketches(params, leaves, accumulator)
         skip_state: Any = ()
         if should_skip_update_fn is not None:
-            _, skip_state = should_skip_update_fn(optax.tree.zeros_like(params), zero, params)
-        return FloraAccumulateState(zero, zero, base_state, sketch, base_key, rule, skip_state)
+            zeros = optax.tree.zeros_like(params)
+            _, skip_state = should_skip_update_fn(zeros, gradient_step, params)
+        return FloraAccumulateState(
+            mini_step, gradient_step, base_state, sketch, base_key, rule, skip_state
+        )
 
-    def update_fn(
+    return optax.GradientTransformationExtraArgs(init_fn, _Update(base, every_k_schedule))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+    """The update function of `flora_accumulate`, which `finish` asks for the base optimizer."""
+
+    opt: optax.GradientTransformationExtraArgs
+    every_k_schedule: int | Callable[[jax.Array], jax.typing.ArrayLike]
+
+    def __call__(
+        self,
         updates: optax.Updates,
         state: FloraAccumulateState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, FloraAccumulateState]:
-        if callable(every_k_schedule):
-            k_steps = every_k_schedule(state.gradient_step)
-        else:
-            k_steps = every_k_schedule
+        every_k = self.every_k_schedule
+        k_steps = every_k(state.gradient_step) if callable(every_k) else every_k
         skip, state = _should_skip(updates, state, params)
         micro_gradients = _compress(updates, state)
 
@@ -185,7 +179,7 @@ def flora_accumulate(
             state: FloraAccumulateState, micro_gradients: list[jax.Array]
         ) -> tuple[optax.Updates, FloraAccumulateState]:
             total = _add(micro_gradients, state)
-            return _finish(base, updates, total, state, params, extra_args)
+            return _finish(self.opt, updates, total, state, params, extra_args)
 
         def hold(
             state: FloraAccumulateState, micro_gradients: list[jax.Array]
@@ -200,8 +194,6 @@ def flora_accumulate(
             tuple[optax.Updates, FloraAccumulateState],
             jax.lax.cond(ends_cycle, emit, hold, state, micro_gradients),
         )
-
-    return FloraAccumulate(init_fn, update_fn, base)
 
 
 def has_updated(state: FloraAccumulateState) -> jax.Array:
@@ -269,7 +261,10 @@ def accumulate(
 
 
 def finish(
-    tx: FloraAccumulate, params: optax.Params, state: FloraAccumulateState, **extra_args: Any
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    state: FloraAccumulateState,
+    **extra_args: Any,
 ) -> tuple[optax.Params, FloraAccumulateState]:
     """Update the parameters with what was accumulated: the second half of `flora_accumulate`.
 
@@ -291,14 +286,15 @@ def finish(
     For an example see `accumulate`. Source: the rest of Algorithm 1 in Hao et al., 2024
     (arXiv:2402.03293).
     """
-    if not isinstance(tx, FloraAccumulate):
+    update = getattr(tx, "update", None)
+    if not isinstance(update, _Update):
         raise TypeError(
             f"finish takes what flora_accumulate returned as tx, got {tx!r}. Transformations that "
             "stand beside it in a chain go into its base optimizer."
         )
     _check_state("finish", state)
     total = state.sketch.leaves()
-    updates, state = _finish(tx.opt, params, total, state, params, extra_args)
+    updates, state = _finish(update.opt, params, total, state, params, extra_args)
     return optax.apply_updates(params, updates), state
 
 

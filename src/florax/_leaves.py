@@ -348,17 +348,21 @@ def is_stand_in(params: Any) -> bool:
 
 
 def base_key(key: Any) -> jax.Array:
-    """Raw threefry key data, shape `(2,)`, uint32, from an int or a JAX key of any kind."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if str(jax.random.key_impl(key)) != "threefry2x32":
-            return jax.random.bits(key, (2,), jnp.uint32)
-        return jax.random.key_data(key)
-    if isinstance(key, jax.Array) and key.shape == (2,) and key.dtype == jnp.uint32:
-        return key
+    """Raw threefry key data, shape `(2,)`, uint32, from an int or a JAX key of any kind.
+
+    Always a new array: a state that is donated must not take the caller's key along.
+    """
+    is_array = isinstance(key, jax.Array)
     if _checks.is_int(key) or (
-        isinstance(key, jax.Array) and not key.shape and jnp.issubdtype(key.dtype, jnp.integer)
+        is_array and not key.shape and jnp.issubdtype(key.dtype, jnp.integer)
     ):
         return jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+    if is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and not key.shape:
+        if str(jax.random.key_impl(key)) == "threefry2x32":
+            return jnp.array(jax.random.key_data(key), copy=True)
+        return jax.random.bits(key, (2,), jnp.uint32)
+    if is_array and key.shape == (2,) and key.dtype == jnp.uint32:
+        return jnp.array(key, copy=True)
     raise TypeError(f"key must be an int or a JAX PRNG key, got {key!r}. Pass e.g. key=0.")
 
 

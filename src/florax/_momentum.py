@@ -118,13 +118,15 @@ def flora_momentum(
         )
 
     def init_fn(params: optax.Params) -> FloraMomentumState:
-        zero, base_key = jnp.zeros([], jnp.int32), _leaves.base_key(key)
+        # Two arrays, not one twice: states can be donated.
+        count, cycle = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        base_key = _leaves.base_key(key)
         if _leaves.is_stand_in(params):
-            return FloraMomentumState(zero, zero, base_key, cast(_leaves.Sketches, zero))
+            return FloraMomentumState(count, cycle, base_key, cast(_leaves.Sketches, count))
         leaves = _leaves.plan(params, rank, side, projection, dimension_numbers)
         dtype = accumulator_dtype
         sketch = _leaves.zero_sketches(params, leaves, lambda own: own if dtype is None else dtype)
-        return FloraMomentumState(zero, zero, base_key, sketch)
+        return FloraMomentumState(count, cycle, base_key, sketch)
 
     def update_fn(
         updates: optax.Updates,

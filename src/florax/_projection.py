@@ -48,9 +48,12 @@ def _gaussian(key: jax.Array, rank: int, size: int) -> jax.Array:
 def _cosine(key: jax.Array, rank: int, size: int) -> jax.Array:
     """A[i, j] = s_j √(2/m) cos(π (2j+1) k_i / 2m), and √(1/m) in place of √(2/m) where k_i = 0."""
     key_rows, key_signs = jax.random.split(key)
-    k = jax.random.permutation(key_rows, size)[:rank, None].astype(jnp.uint32)
+    # Every dtype is given: the draw is the same in 64-bit mode.
     j = jnp.arange(size, dtype=jnp.uint32)
-    signs = jax.random.rademacher(key_signs, (size,), jnp.float32)
+    k = jax.random.permutation(key_rows, j)[:rank, None]
+    j = j[None, :]
+    negative = jax.random.bits(key_signs, (1, size), jnp.uint32) & 1
+    signs = 1 - 2 * negative.astype(jnp.float32)
 
     # (2j+1) k mod 4m without overflow: (2j+1) k overflows 32 bits from m = 33,000 on, and a float32
     # angle is wrong long before. With j = 1024 j₁ + j₀ both products stay below 2³² up to m = 2²⁰.
