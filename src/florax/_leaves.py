@@ -73,7 +73,7 @@ class FloraDimensionNumbers:
                         f"dimension_numbers of {path}: axis {axis} in {name}={axes} is out of "
                         f"range for a leaf of {ndim} axes. Use axes from {-ndim} to {ndim - 1}."
                     )
-            groups.append(tuple(axis % ndim for axis in axes))
+            groups.append(tuple(sorted(axis % ndim for axis in axes)))
         named = [axis for group in groups for axis in group]
         for axis in range(ndim):
             if named.count(axis) != 1:
@@ -129,8 +129,7 @@ class Leaf:
 
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
         """Sketch a gradient of the leaf's shape: `(*batch, *rows, rank)`, float32 at least."""
-        matrices = grad.transpose(self.batch + self.rows + self.columns)
-        return _over_stack(_projection.compress, len(self.batch))(matrices, projection)
+        return _projection.compress(grad, projection, self.columns, self.batch)
 
     def decompress(self, sketch: jax.Array, projection: jax.Array) -> jax.Array:
         """Turn a sketch back into an array of the leaf's shape, float32 at least."""
@@ -394,7 +393,7 @@ def attention_and_feed_forward(path: KeyPath, leaf: Any) -> bool:
 _OTHER_LAYERS = re.compile(r"embed|norm|bias|lm_head")
 _ATTENTION_AND_FEED_FORWARD = re.compile(
     r"attn|attention|mlp|ffn|feed_?forward|densereludense|experts?\b|intermediate"
-    r"|layer/\d+/output/dense"  # the second feed-forward matrix of Hugging Face's ViT and BERT
+    r"|layer[/.]\d+[/.]output[/.]dense"  # the second feed-forward matrix of Hugging Face's ViT and BERT
 )
 
 

@@ -64,14 +64,31 @@ def _cosine(key: jax.Array, rank: int, size: int) -> jax.Array:
     return signs * scale * jnp.cos(angle.astype(jnp.float32) * (math.pi / (2 * size)))
 
 
-def compress(matrix: jax.Array, projection: jax.Array) -> jax.Array:
-    """Sketch `matrix`, shape `(*rows, *columns)`, as G Aᵀ, shape `(*rows, rank)`.
+def compress(
+    matrix: jax.Array,
+    projection: jax.Array,
+    columns: tuple[int, ...] | None = None,
+    batch: tuple[int, ...] = (),
+) -> jax.Array:
+    """Sketch `matrix` as G Aᵀ: contract its `columns` axes (the last ones) with those of A.
+
+    With `batch` axes, a stack of matrices and of projections, of shape `(*batch, rank, *columns)`.
+    Axes are named, not moved: a transposed gradient would be another gradient in memory. The result
+    has shape `(*batch, *rows, rank)`.
 
     A is rounded to the dtype of the matrix, so that 16-bit gradients meet the fast matrix units of
     an accelerator; the products accumulate in float32 at least, the dtype of the result.
     """
-    dtype = jnp.promote_types(matrix.dtype, jnp.float32)
-    return _contract_columns(matrix, projection.astype(matrix.dtype), dtype)
+    stack = tuple(range(len(batch)))
+    last = tuple(range(len(batch) + 1, projection.ndim))
+    if columns is None:
+        columns = tuple(range(matrix.ndim - len(last), matrix.ndim))
+    return jax.lax.dot_general(
+        matrix,
+        projection.astype(matrix.dtype),
+        ((columns, last), (batch, stack)),
+        preferred_element_type=jnp.promote_types(matrix.dtype, jnp.float32),
+    )
 
 
 def decompress(sketch: jax.Array, projection: jax.Array) -> jax.Array:
@@ -90,7 +107,7 @@ def transfer(sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     The product A A'ᵀ, shape `(rank, rank)`, is taken first, so nothing of the matrix's size exists.
     """
     dtype = jnp.promote_types(sketch.dtype, jnp.float32)
-    overlap = _contract_columns(old.astype(dtype), new.astype(dtype), dtype)
+    overlap = compress(old.astype(dtype), new)
     return jnp.tensordot(sketch.astype(dtype), overlap, axes=1)
 
 
@@ -124,10 +141,3 @@ def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
         word = word ^ (word >> 16)
     return (word >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def _contract_columns(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Contract the column axes: all axes of `right`, an array of `(rank, *columns)`, but one."""
-    columns = right.ndim - 1
-    axes = (tuple(range(left.ndim - columns, left.ndim)), tuple(range(1, right.ndim)))
-    return jnp.tensordot(left, right, axes=axes, preferred_element_type=dtype)
