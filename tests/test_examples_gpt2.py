@@ -28,7 +28,6 @@ DATA = EXAMPLES / "data" / "tatoeba_deen"
 REFERENCE = REPOSITORY.parent / "shared" / "reference" / "gpt2"
 SPLITS = ("train", "validation", "test")
 
-sys.path.insert(0, str(EXAMPLES))  # where Python looks first when it runs a script of that folder
 
 from flax import nnx
 

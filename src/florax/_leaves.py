@@ -393,7 +393,7 @@ def attention_and_feed_forward(path: KeyPath, leaf: Any) -> bool:
 _OTHER_LAYERS = re.compile(r"embed|norm|bias|lm_head")
 _ATTENTION_AND_FEED_FORWARD = re.compile(
     r"attn|attention|mlp|ffn|feed_?forward|densereludense|experts?\b|intermediate"
-    r"|layer[/.]\d+[/.]output[/.]dense"  # the second feed-forward matrix of Hugging Face's ViT and BERT
+    r"|layer[/.]\d+[/.]output[/.]dense"  # feed-forward, in Hugging Face's ViT and BERT
 )
 
 

@@ -1,0 +1,28 @@
+"""Eight host devices; compiled programs are freed after each module."""
+
+import os
+
+# XLA reads its flags when JAX is first used.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled_programs():
+    # Every program that XLA compiles for the CPU holds on to memory maps, of which a process may
+    # have 65,530; a whole run of the tests would need more.
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """Without XLA's optimizations, which take most of the time: for tests that do not need them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

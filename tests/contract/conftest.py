@@ -1,0 +1,117 @@
+"""The transformations that are held to Optax's contract, and what they are run on.
+
+A test that takes `tx` is run for each of them. Projections are drawn anew, and cycles end, every
+second call, so that a few calls meet every branch.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import optax
+import pytest
+
+import florax
+
+
+def stacked(path, leaf):
+    """A leaf of three axes is a stack of matrices; one of two is a matrix as it is."""
+    return florax.FloraDimensionNumbers(rows=1, columns=2, batch=0) if leaf.ndim == 3 else None
+
+
+RANK = dict(rank=3, dimension_numbers=stacked)
+MOMENTUM = dict(**RANK, resample_every=2)
+ACCUMULATE = dict(**RANK, every_k_schedule=2)
+
+TRANSFORMATIONS = {
+    "momentum": florax.flora_momentum(**MOMENTUM),
+    "momentum_cosine_residual_nesterov": florax.flora_momentum(
+        **MOMENTUM, projection="cosine", residual=True, nesterov=True
+    ),
+    "accumulate_adafactor": florax.flora_accumulate(optax.adafactor(0.1), **ACCUMULATE),
+    "accumulate_adam_cosine": florax.flora_accumulate(
+        # With a small eps Adam's update is a sign, which rounding in 16 bits may turn.
+        optax.adam(0.1, b2=0.9, eps=0.1),
+        **ACCUMULATE,
+        projection="cosine",
+    ),
+    "accumulate_sgd_sum": florax.flora_accumulate(
+        optax.sgd(0.1), **ACCUMULATE, use_grad_mean=False, side="larger"
+    ),
+    "accumulate_adafactor_momentum": florax.flora_accumulate(
+        optax.chain(optax.adafactor(0.1), florax.flora_momentum(**MOMENTUM)), **ACCUMULATE
+    ),
+    "flora": florax.flora(0.1, **MOMENTUM),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """The contract is about types and values, not about speed."""
+
+
+@pytest.fixture(scope="module", params=TRANSFORMATIONS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tx(name):
+    return TRANSFORMATIONS[name]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params()
+
+
+@pytest.fixture(scope="module")
+def gradients(params):
+    """Of five calls: two cycles and a half."""
+    gradients = make_gradients()
+    return [{name: grads[name] for name in params} for grads in gradients]
+
+
+@pytest.fixture(scope="module")
+def run(name):
+    return make_run(name)
+
+
+@functools.cache
+def make_params():
+    """A dense leaf, a matrix and a stack of matrices whose projections are of one size."""
+    shapes = {"bias": (8,), "kernel": (12, 8), "layers": (2, 8, 12)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+
+@functools.cache
+def make_gradients():
+    return [optax.tree.random_like(jax.random.key(seed), make_params()) for seed in range(1, 6)]
+
+
+class Run(NamedTuple):
+    """What a transformation does when it is called in a loop: every other way must do the same."""
+
+    updates: list[Any]  # of each call
+    states: list[Any]  # after each call
+    traces: int
+
+
+@functools.cache
+def make_run(name):
+    tx, params = TRANSFORMATIONS[name], make_params()
+    traces = 0
+
+    @jax.jit
+    def update(grads, state, params):
+        nonlocal traces
+        traces += 1
+        return tx.update(grads, state, params)
+
+    updates, states = [], [tx.init(params)]
+    for grads in make_gradients():
+        new, state = update(grads, states[-1], params)
+        updates.append(new)
+        states.append(state)
+    return Run(updates, states[1:], traces)
