@@ -374,8 +374,7 @@ def _finish(
     return updates, state._replace(
         mini_step=jnp.zeros_like(state.mini_step),
         gradient_step=optax.safe_increment(state.gradient_step),
-        # A base state that changes its dtype, as some do in 16 bits, must not end the cycle in
-        # another type than it began it in.
+        # Both branches of the conditional must agree, whatever dtypes a base optimizer returns.
         inner_opt_state=optax.tree.cast_like(inner_opt_state, state.inner_opt_state),
         sketch=state.sketch.replace([jnp.zeros_like(x) for x in state.sketch.leaves()]),
     )
