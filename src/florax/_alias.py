@@ -28,9 +28,9 @@ def flora(
     """Adafactor with its momentum kept as sketches: the paper's optimizer, ready made.
 
     `optax.chain(optax.adafactor(learning_rate), florax.flora_momentum(rank, ...))`, and weight
-    decay after it. On float32 leaves kept dense it is `optax.adafactor(learning_rate, momentum=decay)`
-    bit for bit; for others, which Optax averages in float32, pass `accumulator_dtype`. For other
-    settings of Adafactor, or another base optimizer, write the chain.
+    decay after it. On leaves kept dense it is `optax.adafactor(learning_rate, momentum=decay)`, bit
+    for bit in float32; in 16 bits, where Optax averages in float32, pass `accumulator_dtype`. For
+    other settings of Adafactor, or another base optimizer, write the chain.
 
     Args:
       learning_rate: a scalar or a schedule.
