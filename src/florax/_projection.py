@@ -3,7 +3,7 @@
 A matrix G is an array of shape `(*rows, *columns)`: usually `(n, m)`, but rows and columns may span
 several axes each, as in an attention kernel `(embed, heads, head_dim)`; m is the product of the
 column axes. Its projection A has shape `(rank, *columns)` and its sketch C = G Aᵀ has shape
-`(*rows, rank)`. Nothing here knows about trees, stacks or optimizers.
+`(*rows, rank)`. Nothing here knows about trees, keys of leaves or optimizers.
 """
 
 import functools
