@@ -11,6 +11,9 @@ PUBLIC_NAMES = {
     "FloraAccumulateState",
     "FloraDimensionNumbers",
     "FloraMomentumState",
+    "GradientReport",
+    "PerLayerState",
+    "Sketch",
     "StateReport",
     "accumulate",
     "attention_and_feed_forward",
@@ -18,8 +21,13 @@ PUBLIC_NAMES = {
     "flora",
     "flora_accumulate",
     "flora_momentum",
+    "gradient_report",
     "has_updated",
+    "microbatch_accumulator",
+    "per_layer",
     "state_report",
+    "value_and_grad",
+    "value_and_update",
 }
 
 

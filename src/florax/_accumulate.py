@@ -1,6 +1,7 @@
 """Gradient accumulation kept as sketches: Algorithm 1 of the paper around a base optimizer."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _checks, _leaves, _projection
+from florax import _checks, _leafwise, _leaves, _per_layer, _projection, _sketches
 
 ShouldSkip: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 
@@ -39,7 +40,7 @@ class FloraAccumulateState(NamedTuple):
     mini_step: jax.Array
     gradient_step: jax.Array
     inner_opt_state: optax.OptState
-    sketch: _leaves.Sketches
+    sketch: _sketches.Sketches
     key: jax.Array
     rule: AccumulationRule
     skip_state: Any = ()
@@ -138,13 +139,16 @@ def flora_accumulate(
         # Two arrays, not one twice: states can be donated.
         mini_step, gradient_step = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         base_state, base_key = base.init(params), _leaves.base_key(key)
-        if _leaves.is_stand_in(params):
-            sketch = cast(_leaves.Sketches, mini_step)
+        if _sketches.is_stand_in(params):
+            sketch = cast(_sketches.Sketches, mini_step)
             return FloraAccumulateState(
                 mini_step, gradient_step, base_state, sketch, base_key, rule
             )
-        leaves = _leaves.plan(params, rank, side, projection, dimension_numbers)
-        sketch = _leaves.zero_sketches(params, leaves, accumulator)
+        stacked = None
+        if isinstance(base.update, _per_layer.Update):
+            stacked = [height is not None for height in base_state.heights.of_leaves]
+        leaves = _leaves.plan(params, rank, side, projection, dimension_numbers, stacked)
+        sketch = _sketches.zero_sketches(params, leaves, accumulator)
         skip_state: Any = ()
         if should_skip_update_fn is not None:
             zeros = optax.tree.zeros_like(params)
@@ -214,7 +218,7 @@ def has_updated(state: FloraAccumulateState) -> jax.Array:
     >>> bool(florax.has_updated(state))
     True
     """
-    _check_state("has_updated", state)
+    check_state("has_updated", state)
     return jnp.logical_and(state.mini_step == 0, state.gradient_step > 0)
 
 
@@ -255,7 +259,7 @@ def accumulate(
 
     Source: the loop of Algorithm 1 in Hao et al., 2024 (arXiv:2402.03293).
     """
-    _check_state("accumulate", state)
+    check_state("accumulate", state)
     skip, state = _should_skip(grads, state, params)
     return _store(_compress(grads, state), skip, state)
 
@@ -286,27 +290,18 @@ def finish(
     For an example see `accumulate`. Source: the rest of Algorithm 1 in Hao et al., 2024
     (arXiv:2402.03293).
     """
-    update = getattr(tx, "update", None)
-    if not isinstance(update, _Update):
-        raise TypeError(
-            f"finish takes what flora_accumulate returned as tx, got {tx!r}. Transformations that "
-            "stand beside it in a chain go into its base optimizer."
-        )
-    _check_state("finish", state)
-    total = state.sketch.leaves()
-    updates, state = _finish(update.opt, params, total, state, params, extra_args)
-    return optax.apply_updates(params, updates), state
+    update = check_transformation("finish", tx)
+    check_state("finish", state)
+    _sketches.match(params, state.sketch.plan)
+    params, inner_opt_state = _update_and_apply(update.opt, params, state, extra_args)
+    return params, _restart(state, inner_opt_state)
 
 
 def _compress(grads: optax.Updates, state: FloraAccumulateState) -> list[jax.Array]:
     """What one micro-batch adds: per leaf the sketch of its gradient, or the gradient if dense."""
     leaves = state.sketch.plan
-    flat, _ = _leaves.match(grads, leaves)
-    drawn = _leaves.draw(leaves, state.key, state.gradient_step)
-    return [
-        grad if a is None else leaf.compress(grad, a)
-        for leaf, grad, a in zip(leaves, flat, drawn, strict=True)
-    ]
+    flat, _ = _sketches.match(grads, leaves)
+    return _sketches.compress(flat, leaves, state.key, state.gradient_step)
 
 
 def _add(micro_gradients: list[jax.Array], state: FloraAccumulateState) -> list[jax.Array]:
@@ -323,7 +318,7 @@ def _store(
 ) -> FloraAccumulateState:
     """The state after a micro-step that does not end the cycle."""
     kept = state.sketch.leaves()
-    total = _leaves.round_all(
+    total = _sketches.round_all(
         state.sketch.plan,
         _add(micro_gradients, state),
         [old.dtype for old in kept],
@@ -362,25 +357,117 @@ def _finish(
 ) -> tuple[optax.Updates, FloraAccumulateState]:
     """Run the base optimizer on what was accumulated, in the dtypes of `like`, and start afresh."""
     leaves = state.sketch.plan
-    likes, treedef = _leaves.match(like, leaves)
+    likes, treedef = _sketches.match(like, leaves)
     drawn = _leaves.draw(leaves, state.key, state.gradient_step)
     grads = [
-        (accumulated if a is None else leaf.decompress(accumulated, a)).astype(target.dtype)
+        _decompress(
+            leaf,
+            a,
+            leaf.dtype if isinstance(target, _sketches.Sketch) else target.dtype,
+            accumulated,
+        )
         for leaf, accumulated, target, a in zip(leaves, total, likes, drawn, strict=True)
     ]
     updates, inner_opt_state = opt.update(
         jax.tree.unflatten(treedef, grads), state.inner_opt_state, params, **extra_args
     )
-    return updates, state._replace(
+    # Both branches of the conditional must agree, whatever dtypes a base optimizer returns.
+    return updates, _restart(state, optax.tree.cast_like(inner_opt_state, state.inner_opt_state))
+
+
+def _restart(state: FloraAccumulateState, inner_opt_state: optax.OptState) -> FloraAccumulateState:
+    """The state at the start of the next cycle."""
+    return state._replace(
         mini_step=jnp.zeros_like(state.mini_step),
         gradient_step=optax.safe_increment(state.gradient_step),
-        # Both branches of the conditional must agree, whatever dtypes a base optimizer returns.
-        inner_opt_state=optax.tree.cast_like(inner_opt_state, state.inner_opt_state),
+        inner_opt_state=inner_opt_state,
         sketch=state.sketch.replace([jnp.zeros_like(x) for x in state.sketch.leaves()]),
     )
 
 
-def _check_state(function: str, state: Any) -> None:
+def _update_and_apply(
+    opt: optax.GradientTransformationExtraArgs,
+    params: optax.Params,
+    state: FloraAccumulateState,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Params, optax.OptState]:
+    """Run the base optimizer leaf by leaf, and stacks of layers layer by layer."""
+    leaves, kept, inner = state.sketch.plan, state.sketch.leaves(), state.inner_opt_state
+
+    def update(
+        opt: optax.GradientTransformationExtraArgs,
+        leaves: list[_leaves.Leaf],
+        kept: list[jax.Array],
+        key: jax.Array,
+        params: optax.Params,
+        inner: optax.OptState,
+    ) -> tuple[optax.Params, optax.OptState]:
+        drawn = _leaves.draw(tuple(leaves), key, state.gradient_step)
+        gradients = [
+            functools.partial(_decompress, leaf, a, param.dtype)
+            for leaf, a, param in zip(leaves, drawn, jax.tree.leaves(params), strict=True)
+        ]
+        return _leafwise.update_and_apply(opt, gradients, kept, inner, params, extra_args)
+
+    if not isinstance(opt.update, _per_layer.Update):
+        return update(opt, list(leaves), kept, state.key, params, inner)
+
+    opt, heights = opt.update.opt, inner.heights
+
+    def part(height: int | None) -> tuple[list[_leaves.Leaf], list[jax.Array], optax.Params]:
+        numbers = [i for i, own in enumerate(heights.of_leaves) if own == height]
+        own_params = heights.select(params, height)
+        return [leaves[i] for i in numbers], [kept[i] for i in numbers], own_params
+
+    parts: dict[int | None, Any] = {}
+    own_leaves, own_kept, own_params = part(None)
+    parts[None], rest = update(opt, own_leaves, own_kept, state.key, own_params, inner.rest)
+    stacks = []
+    for height, own in zip(heights.distinct, inner.stacks, strict=True):
+        own_leaves, own_kept, own_params = part(height)
+        layer_leaves = [leaf.layer() for leaf in own_leaves]
+
+        def layer(
+            index: jax.Array,
+            stack: Any,
+            layer_leaves: list[_leaves.Leaf] = layer_leaves,
+            own_kept: list[jax.Array] = own_kept,
+        ) -> Any:
+            sketches, (layer_params, layer_state) = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), (own_kept, stack)
+            )
+            key = _leaves.fold(state.key, index)
+            new = update(opt, layer_leaves, sketches, key, layer_params, layer_state)
+            return jax.tree.map(
+                lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, index, 0), stack, new
+            )
+
+        # A loop that carries the stacks updates them in place; a scan would make new ones.
+        parts[height], own = jax.lax.fori_loop(0, height, layer, (own_params, own))
+        stacks.append(own)
+    merged = heights.merge(jax.tree.structure(params), parts)
+    return merged, _per_layer.PerLayerState(tuple(stacks), rest, heights)
+
+
+def _decompress(
+    leaf: _leaves.Leaf, projection: jax.Array | None, dtype: jnp.dtype, sketch: jax.Array
+) -> jax.Array:
+    return (sketch if projection is None else leaf.decompress(sketch, projection)).astype(dtype)
+
+
+def check_transformation(function: str, tx: Any) -> _Update:
+    """Raise unless `tx` is a `flora_accumulate`; its update function."""
+    update = getattr(tx, "update", None)
+    if not isinstance(update, _Update):
+        raise TypeError(
+            f"{function} takes what flora_accumulate returned as tx, got {tx!r}. Transformations "
+            "that stand beside it in a chain go into its base optimizer."
+        )
+    return update
+
+
+def check_state(function: str, state: Any) -> None:
+    """Raise unless `state` is a state of `flora_accumulate`."""
     if not isinstance(state, FloraAccumulateState):
         raise TypeError(
             f"{function} takes the state of flora_accumulate, got a {type(state).__name__}. Of the "

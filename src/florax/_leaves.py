@@ -5,17 +5,15 @@ and `state_report` know of a leaf they read from its `Leaf`.
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from florax import _checks, _projection
 
@@ -113,6 +111,29 @@ class Leaf:
             return self.shape
         return (*(self.shape[i] for i in self.batch + self.rows), self.rank)
 
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Sizes of the batch axes."""
+        return tuple(self.shape[axis] for axis in self.batch)
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices the leaf is a stack of."""
+        return math.prod(self.stack_shape)
+
+    def layer(self) -> "Leaf":
+        """One layer of a stack along the first axis: as a leaf of its own.
+
+        Its projections are those of the stack with the layer's number folded into the key.
+        """
+        rows, columns, batch = (
+            tuple(axis - 1 for axis in axes if axis)
+            for axes in (self.rows, self.columns, self.batch)
+        )
+        return dataclasses.replace(
+            self, shape=self.shape[1:], rows=rows, columns=columns, batch=batch
+        )
+
     def draw(self, key: jax.Array, cycle: jax.typing.ArrayLike) -> jax.Array:
         """The projections of this leaf in a cycle, float32, shape `(*batch, rank, *columns)`.
 
@@ -122,10 +143,19 @@ class Leaf:
         assert projection is not None
         return projection
 
-    @property
-    def matrices(self) -> int:
-        """How many matrices the leaf is a stack of."""
-        return math.prod(self.shape[axis] for axis in self.batch)
+    def draw_matrix(
+        self, key: jax.Array, cycle: jax.typing.ArrayLike, words: jax.typing.ArrayLike | None = None
+    ) -> jax.Array:
+        """The projection of one matrix, shape `(rank, *columns)`, from the key of its stack index.
+
+        `words` stand for the path, `label_words(path)` if None.
+        """
+        assert self.rank is not None
+        first, second = jnp.asarray(label_words(self.path) if words is None else words)
+        columns = tuple(self.shape[axis] for axis in self.columns)
+        key = fold(key, cycle, first, second)
+        drawn: jax.Array = _projection.draw(self.projection, key, self.rank, columns)
+        return drawn
 
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
         """Sketch a gradient of the leaf's shape: `(*batch, *rows, rank)`, float32 at least."""
@@ -160,44 +190,24 @@ def draw(
     # whose layers are not stacked has hundreds of leaves. Without the barrier XLA fuses the draw
     # into every slice of it: minutes of compilation on a GPU where it now takes seconds.
     drawn: list[jax.Array | None] = [None] * len(leaves)
-    for (projection, rank, columns), members in groups.items():
-        labels = [(leaves[i].path, k) for i in members for k in range(leaves[i].matrices)]
-        keys = _keys(key, labels, cycle)
-        one = functools.partial(_projection.draw, projection, rank=rank, columns=columns)
-        together = jax.lax.optimization_barrier(jax.vmap(one)(keys))  # type: ignore[no-untyped-call]
+    for (_, rank, columns), members in groups.items():
+        keys = jnp.concatenate([stack_keys(key, leaves[i].stack_shape) for i in members])
+        words = np.concatenate(
+            [[label_words(leaves[i].path)] * leaves[i].matrices for i in members]
+        )
+
+        def one(
+            key: jax.Array, words: jax.typing.ArrayLike, like: Leaf = leaves[members[0]]
+        ) -> jax.Array:
+            return like.draw_matrix(key, cycle, words)
+
+        together = jax.lax.optimization_barrier(jax.vmap(one)(keys, jnp.asarray(words)))  # type: ignore[no-untyped-call]
         start = 0
         for i in members:
-            leaf, stop = leaves[i], start + leaves[i].matrices
-            stack = tuple(leaf.shape[axis] for axis in leaf.batch)
-            drawn[i] = together[start:stop].reshape(*stack, rank, *columns)
+            stop = start + leaves[i].matrices
+            drawn[i] = together[start:stop].reshape(*leaves[i].stack_shape, rank, *columns)
             start = stop
     return drawn
-
-
-def round_all(
-    leaves: tuple[Leaf, ...],
-    values: list[jax.Array],
-    dtypes: list[jnp.dtype],
-    key: jax.Array,
-    *counts: jax.typing.ArrayLike,
-) -> list[jax.Array]:
-    """Round what the leaves keep to the state's dtypes; `counts` say which rounding it is.
-
-    Sketches are rounded stochastically, so that they are right on average; leaves that are kept
-    dense are cast, as Optax does.
-    """
-    rounded = [value.astype(dtype) for value, dtype in zip(values, dtypes, strict=True)]
-    narrowed = [
-        i
-        for i, (leaf, value, dtype) in enumerate(zip(leaves, values, dtypes, strict=True))
-        if leaf.rank is not None and jnp.promote_types(value.dtype, dtype) != dtype
-    ]
-    if narrowed:
-        # No matrix of a stack has the index -1: no rounding shares a key with a projection.
-        keys = _keys(key, [(leaves[i].path, -1) for i in narrowed], *counts)
-        for i, words in zip(narrowed, keys, strict=True):
-            rounded[i] = _projection.stochastic_round(values[i], dtypes[i], words)
-    return rounded
 
 
 def check_settings(rank: Rank, side: Side, projection: _projection.Projection) -> None:
@@ -218,14 +228,20 @@ def plan(
     side: Side,
     projection: _projection.Projection,
     dimension_numbers: DimensionNumbers | None,
+    stacked: Sequence[bool] | None = None,
 ) -> tuple[Leaf, ...]:
-    """Decide for every leaf of `params`, in flattening order, how it is kept."""
+    """Decide for every leaf of `params`, in flattening order, how it is kept.
+
+    `stacked` says which leaves are stacks of layers along their first axis.
+    """
     flat = jax.tree_util.tree_leaves_with_path(params)
-    ranks = _resolve("rank", rank, params, flat)
-    dimensions = _resolve("dimension_numbers", dimension_numbers, params, flat)
+    ranks = resolve("rank", rank, params, flat)
+    dimensions = resolve("dimension_numbers", dimension_numbers, params, flat)
     return tuple(
-        _plan_leaf(name(path), leaf, r, side, projection, d)
-        for (path, leaf), r, d in zip(flat, ranks, dimensions, strict=True)
+        _plan_leaf(name(path), leaf, r, side, projection, d, is_stack)
+        for (path, leaf), r, d, is_stack in zip(
+            flat, ranks, dimensions, stacked or [False] * len(flat), strict=True
+        )
     )
 
 
@@ -236,14 +252,16 @@ def _plan_leaf(
     side: Side,
     projection: _projection.Projection,
     dimensions: Any,
+    is_stack: bool,
 ) -> Leaf:
     shape, dtype = tuple(leaf.shape), jnp.dtype(leaf.dtype)
-    _check_dtype(path, dtype)
+    check_dtype(path, dtype)
     if rank is not None:
         _checks.positive_int(f"rank of {path}", rank, static=True)
         rank = int(rank)
-    if dimensions is None and len(shape) == 2:
-        dimensions = FloraDimensionNumbers(rows=0, columns=1)
+    if dimensions is None and len(shape) == 2 + is_stack:
+        batch = (0,) if is_stack else ()
+        dimensions = FloraDimensionNumbers(rows=-2, columns=-1, batch=batch)
     if dimensions is not None:
         if not isinstance(dimensions, FloraDimensionNumbers):
             raise TypeError(
@@ -256,8 +274,14 @@ def _plan_leaf(
     if rank is None:
         return dataclasses.replace(dense, reason="rank is None")
     if dimensions is None:
-        hint = ", no dimension_numbers" if len(shape) > 2 else ""
-        return dataclasses.replace(dense, reason=f"{len(shape)}-D{hint}")
+        ndim = len(shape) - is_stack
+        hint = ", no dimension_numbers" if ndim > 2 else ""
+        return dataclasses.replace(dense, reason=f"{ndim}-D{hint}")
+    if is_stack and 0 not in dimensions.batch:
+        raise ValueError(
+            f"per_layer takes {path} for a stack of layers, dimension_numbers do not: {dimensions}."
+            " Name axis 0 as batch."
+        )
     rows, columns = dimensions.rows, dimensions.columns
     n, m = (math.prod(shape[axis] for axis in axes) for axes in (rows, columns))
     if rank >= min(n, m):
@@ -278,72 +302,6 @@ def _plan_leaf(
         batch=dimensions.batch,
         projection=projection,
     )
-
-
-def match(updates: Any, leaves: tuple[Leaf, ...]) -> tuple[list[jax.Array], Any]:
-    """Flatten `updates` after checking that it is a tree of gradients for the planned leaves."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    # `flax.nnx.Optimizer` shows `init` its Variables, `update` the arrays that are their `.value`.
-    paths = [name(path).removesuffix(".value") for path, _ in flat]
-    planned = [leaf.path.removesuffix(".value") for leaf in leaves]
-    if paths != planned:
-        missing = [path for path in planned if path not in paths]
-        surplus = [path for path in paths if path not in planned]
-        raise ValueError(
-            "The gradients do not match the parameters that the state was made for: "
-            f"missing {missing}, surplus {surplus}. Pass gradients of the parameters given to "
-            "init, or call init again."
-        )
-    for (_, grad), leaf in zip(flat, leaves, strict=True):
-        if tuple(grad.shape) != leaf.shape:
-            raise ValueError(
-                f"The gradient of {leaf.path} has shape {tuple(grad.shape)}, the parameter given "
-                f"to init had {leaf.shape}. Pass gradients of the same parameters, or call init "
-                "again."
-            )
-        _check_dtype(leaf.path, grad.dtype)
-    return [grad for _, grad in flat], treedef
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sketches:
-    """What a state keeps for the leaves: arrays, and how to read them.
-
-    Attributes:
-      arrays: a tree like the parameters; per leaf the sketch, shape `(*batch, *rows, rank)`, or,
-        for a leaf that is kept dense, an array of its own shape.
-      plan: one `Leaf` per leaf, in flattening order; static.
-    """
-
-    arrays: Any
-    plan: tuple[Leaf, ...] = dataclasses.field(metadata={"static": True})
-
-    def leaves(self) -> list[jax.Array]:
-        """The arrays in the order of `plan`."""
-        return jax.tree.leaves(self.arrays)
-
-    def replace(self, leaves: list[jax.Array]) -> "Sketches":
-        """The same with other arrays, given in the order of `plan`."""
-        return Sketches(jax.tree.unflatten(jax.tree.structure(self.arrays), leaves), self.plan)
-
-
-def zero_sketches(
-    params: Any, leaves: tuple[Leaf, ...], dtype: Callable[[jnp.dtype], jax.typing.DTypeLike]
-) -> Sketches:
-    """Sketches of zero for planned `params`; `dtype` gives the state's dtype for a parameter's."""
-    zeros = [jnp.zeros(leaf.stored_shape, dtype(leaf.dtype)) for leaf in leaves]
-    return Sketches(jax.tree.unflatten(jax.tree.structure(params), zeros), leaves)
-
-
-def is_stand_in(params: Any) -> bool:
-    """Whether `params` is the leafless object with which `optax.tree.map_params` calls `init`.
-
-    Optax puts it where a state holds arrays like the parameters. Sketches are not like them, so
-    `init` answers with one leaf in their place, which stands for the whole field.
-    """
-    from_optax = type(params).__module__.partition(".")[0] == optax.__name__
-    return from_optax and not isinstance(params, tuple) and not jax.tree.leaves(params)
 
 
 def base_key(key: Any) -> jax.Array:
@@ -402,7 +360,7 @@ def name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path) or "<root>"
 
 
-def _check_dtype(path: str, dtype: Any) -> None:
+def check_dtype(path: str, dtype: Any) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{path} has dtype {dtype}; only real floating-point leaves can be trained. Leave it "
@@ -410,7 +368,7 @@ def _check_dtype(path: str, dtype: Any) -> None:
         )
 
 
-def _resolve(argument: str, spec: Any, params: Any, flat: list[tuple[KeyPath, Any]]) -> list[Any]:
+def resolve(argument: str, spec: Any, params: Any, flat: list[tuple[KeyPath, Any]]) -> list[Any]:
     """One value per leaf from a value, a function of path and leaf, or a (prefix) tree."""
     if callable(spec):
         return [spec(path, leaf) for path, leaf in flat]
@@ -429,24 +387,31 @@ def _resolve(argument: str, spec: Any, params: Any, flat: list[tuple[KeyPath, An
     return values
 
 
-def _keys(
-    key: jax.Array, labels: list[tuple[str, int]], *counts: jax.typing.ArrayLike
-) -> jax.Array:
-    """A raw threefry key, row by row, for each label: the base key with counts and label folded in.
+def label_words(label: Any) -> np.ndarray:
+    """64 bits of a label's digest as two words, the same in every process (`hash` is not)."""
+    digest = hashlib.blake2b(repr(label).encode(), digest_size=8).digest()
+    return np.frombuffer(digest, ">u4").astype(np.uint32)
 
-    A label enters by 64 bits of its digest, the same in every process (Python's own hash is not).
+
+def fold(key: jax.Array, *data: jax.typing.ArrayLike) -> jax.Array:
+    """Fold integers into a raw threefry key, one after the other."""
+    typed = jax.random.wrap_key_data(key, impl="threefry2x32")
+    for number in data:
+        typed = jax.random.fold_in(typed, number)
+    return jax.random.key_data(typed)
+
+
+def stack_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The keys of a stack of that shape, row by row, shape `(matrices, 2)`.
+
+    The index along every batch axis is folded in, the outermost first. So layer i of a stack is a
+    leaf of its own with the key `fold(key, i)`, wherever it is met: whole, in a scan, or by itself.
     """
-    digests = [hashlib.blake2b(repr(label).encode(), digest_size=8).digest() for label in labels]
-    words = jnp.array([np.frombuffer(digest, ">u4").astype(np.uint32) for digest in digests])
-    base = jax.random.wrap_key_data(key, impl="threefry2x32")
-    for count in counts:
-        base = jax.random.fold_in(base, count)
-
-    def fold(words: jax.Array) -> jax.Array:
-        folded = jax.random.fold_in(jax.random.fold_in(base, words[0]), words[1])
-        return jax.random.key_data(folded)
-
-    return jax.vmap(fold)(words)
+    keys = key[None]
+    for size in shape:
+        indices = jnp.arange(size, dtype=jnp.uint32)
+        keys = jax.vmap(lambda k, i=indices: jax.vmap(fold, (None, 0))(k, i))(keys).reshape(-1, 2)
+    return keys
 
 
 def _over_stack(function: Callable[..., jax.Array], depth: int) -> Callable[..., jax.Array]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _checks, _leaves, _projection
+from florax import _checks, _leaves, _projection, _sketches
 
 
 class FloraMomentumState(NamedTuple):
@@ -24,7 +24,7 @@ class FloraMomentumState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # the name of Optax's counts, not tuple.count
     cycle: jax.Array
     key: jax.Array
-    sketch: _leaves.Sketches
+    sketch: _sketches.Sketches
 
 
 def flora_momentum(
@@ -121,11 +121,13 @@ def flora_momentum(
         # Two arrays, not one twice: states can be donated.
         count, cycle = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         base_key = _leaves.base_key(key)
-        if _leaves.is_stand_in(params):
-            return FloraMomentumState(count, cycle, base_key, cast(_leaves.Sketches, count))
+        if _sketches.is_stand_in(params):
+            return FloraMomentumState(count, cycle, base_key, cast(_sketches.Sketches, count))
         leaves = _leaves.plan(params, rank, side, projection, dimension_numbers)
         dtype = accumulator_dtype
-        sketch = _leaves.zero_sketches(params, leaves, lambda own: own if dtype is None else dtype)
+        sketch = _sketches.zero_sketches(
+            params, leaves, lambda own: own if dtype is None else dtype
+        )
         return FloraMomentumState(count, cycle, base_key, sketch)
 
     def update_fn(
@@ -136,7 +138,7 @@ def flora_momentum(
     ) -> tuple[optax.Updates, FloraMomentumState]:
         del params, extra_args
         leaves = state.sketch.plan
-        grads, treedef = _leaves.match(updates, leaves)
+        grads, treedef = _sketches.match(updates, leaves)
         averages = state.sketch.leaves()
         drawn = _leaves.draw(leaves, state.key, state.cycle)
 
@@ -148,17 +150,24 @@ def flora_momentum(
                 emitted.append(out)
                 kept.append(new)
                 continue
-            sketch = leaf.compress(grad, a)
+            born = isinstance(grad, _sketches.Sketch)
+            if born and residual:
+                raise ValueError(
+                    f"residual=True needs the full gradient of {leaf.path}, got its sketch. Use "
+                    "jax.value_and_grad, or residual=False."
+                )
+            sketch = grad.array if born else leaf.compress(grad, a)
             new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
             # One decompression serves both parts: M A + G − (G Aᵀ) A = G + (M − G Aᵀ) A.
             out = leaf.decompress(out - sketch if residual else out, a)
             out = out + grad if residual else out
-            emitted.append(out.astype(jnp.promote_types(grad.dtype, average.dtype)))
+            own = leaf.dtype if born else grad.dtype
+            emitted.append(out.astype(jnp.promote_types(own, average.dtype)))
             kept.append(new)
 
         dtypes = [average.dtype for average in averages]
-        kept = _leaves.round_all(leaves, kept, dtypes, state.key, state.count, _AVERAGE)
+        kept = _sketches.round_all(leaves, kept, dtypes, state.key, state.count, _AVERAGE)
         state = state._replace(
             count=optax.safe_increment(state.count), sketch=state.sketch.replace(kept)
         )
@@ -187,7 +196,7 @@ def _resample(state: FloraMomentumState, ends_cycle: jax.Array) -> FloraMomentum
             if a is not None and b is not None
         ]
         dtypes = [sketch.dtype for sketch in sketches]
-        return _leaves.round_all(leaves, moved, dtypes, state.key, state.count, _TRANSFER)
+        return _sketches.round_all(leaves, moved, dtypes, state.key, state.count, _TRANSFER)
 
     sketches = [kept[i] for i in compressed]
     sketches = jax.lax.cond(ends_cycle, carry_over, lambda unchanged: unchanged, sketches)

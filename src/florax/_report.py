@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from florax import _accumulate, _momentum
+from florax import _accumulate, _momentum, _sketching
 
 
 class ReportRow(NamedTuple):
@@ -129,12 +131,108 @@ def _rows(state: Any) -> list[ReportRow]:
     return rows
 
 
+class GradientRow(NamedTuple):
+    """How one leaf's gradient comes to be.
+
+    Attributes:
+      path: the leaf's key path.
+      shape: shape of the parameter.
+      sketch: shape of its sketch; None if its gradient is dense.
+      reason: why it is dense, or, where the loss prevents the sketch, the operation and its line.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    sketch: tuple[int, ...] | None
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientReport:
+    """Which gradients are born compressed; prints as a table.
+
+    Attributes:
+      rows: one `GradientRow` per leaf.
+    """
+
+    rows: tuple[GradientRow, ...]
+
+    def __str__(self) -> str:
+        """The table."""
+        table = [("leaf", "shape", "gradient", "dense because")]
+        for row in self.rows:
+            gradient = "dense" if row.sketch is None else f"sketch {_shape(row.sketch)}"
+            table.append((row.path, _shape(row.shape), gradient, row.reason))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(_align(line, widths, (False,) * 4) for line in table)
+
+
+def gradient_report(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *args: Any,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+) -> GradientReport:
+    """Say, before training, which gradients `value_and_grad` makes as sketches, and why not others.
+
+    Args:
+      loss_fn: the loss.
+      tx: the optimizer: a `flora_accumulate`, or one that begins with it or with `flora_momentum`.
+      *args: arguments of the loss, or their shapes (`jax.ShapeDtypeStruct`).
+      argnums: as for `value_and_grad`.
+      has_aux: as for `value_and_grad`.
+
+    Returns:
+      A `GradientReport`; printing it shows a table.
+
+    Raises:
+      ValueError, TypeError: as `value_and_grad`.
+
+    >>> import florax, jax.numpy as jnp, optax
+    >>> def loss_fn(params, x):
+    ...     return jnp.mean(x @ params["in"] @ jnp.tanh(params["out"]))
+    >>> tx = florax.flora_accumulate(optax.sgd(0.1), every_k_schedule=4, rank=2)
+    >>> params = {"in": jnp.ones((8, 4)), "out": jnp.ones((4, 4))}
+    >>> print(florax.gradient_report(loss_fn, tx, params, jnp.ones((16, 8))))
+    leaf     shape  gradient    dense because
+    ['in']   8×4    sketch 8×2
+    ['out']  4×4    dense       tanh at ...
+
+    Source: beyond the paper; see `value_and_grad`.
+    """
+    flat, treedef = jax.tree.flatten(args)
+    arrays = {i: x for i, x in enumerate(flat) if hasattr(x, "shape") and hasattr(x, "dtype")}
+    rows: list[GradientRow] = []
+
+    def probe(arrays: dict[int, jax.Array]) -> None:
+        leaves = [arrays.get(i, x) for i, x in enumerate(flat)]
+        traced = jax.tree.unflatten(treedef, leaves)
+        program = _sketching.trace_loss(loss_fn, argnums, has_aux, traced, {})
+        state = tx.init(jax.tree.unflatten(program.treedef, program.leaves))
+        found = _sketching.born(state, program)
+        refused = _sketching.refusals(program, found)
+        planned = {
+            leaf.path: leaf.reason
+            for own in _sketching.first_states(state)
+            for leaf in own.sketch.plan
+        }
+        for i, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True)):
+            sketched = i in found and i not in refused
+            reason = refused.get(i, planned.get(path, "not of the FLORA transformation"))
+            sketch = found[i].leaf.stored_shape if sketched else None
+            rows.append(GradientRow(path, jnp.shape(leaf), sketch, "" if sketched else reason))
+
+    jax.eval_shape(probe, arrays)
+    return GradientReport(tuple(rows))
+
+
 _HEADER = ("leaf", "shape", "rank", "side", "state", "full size", "share", "kept dense because")
 _RIGHT_ALIGNED = (False, False, True, True, True, True, True, False)
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:
-    shape = "×".join(map(str, row.shape)) or "scalar"
+    shape = _shape(row.shape)
     geometry = ("-", "-") if row.rank is None else (str(row.rank), str(row.side))
     return (row.path, shape, *geometry, *_sizes(row.state_bytes, row.full_bytes), row.reason)
 
@@ -151,9 +249,15 @@ def _bytes(count: float) -> str:
     return f"{count / 1024**exponent:.1f} {('KiB', 'MiB', 'GiB', 'TiB')[exponent - 1]}"
 
 
-def _align(cells: tuple[str, ...], widths: list[int]) -> str:
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _align(
+    cells: tuple[str, ...], widths: list[int], right_aligned: tuple[bool, ...] = _RIGHT_ALIGNED
+) -> str:
     padded = (
         cell.rjust(width) if right else cell.ljust(width)
-        for cell, width, right in zip(cells, widths, _RIGHT_ALIGNED, strict=True)
+        for cell, width, right in zip(cells, widths, right_aligned, strict=True)
     )
     return "  ".join(padded).rstrip()

@@ -1,0 +1,392 @@
+"""A weight as a traced program sees it, and the backward pass that leaves its gradient a sketch.
+
+A program uses a weight transposed, reshaped, cast, a layer at a time. A `View` follows it through
+these and knows, for every axis of what it has become, which axis of the sketch or of the projection
+it is. When a product consumes the view, `record` makes the product's backward pass add the sketch
+
+    C += xᵀ (dy Aᵀ)        or, where the projected side is the contracted one,   C += (x Aᵀ)ᵀ dy,
+
+in place of dW = xᵀ dy: fewer operations, and no array of the weight's size.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from florax import _leaves
+
+
+class Opaque(Exception):
+    """A view cannot be followed through an operation; the weight then keeps its dense gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One step from a weight's whole sketch to the part that a view stands for.
+
+    `axes` is the new shape of a "reshape", the axis of an "index", the starts and limits of a
+    "slice".
+    """
+
+    kind: str
+    axes: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How a weight is seen; static.
+
+    Attributes:
+      leaf: the weight's leaf.
+      shape: of what the weight has become.
+      sketch_axes: per axis of it the axis of the sketch that it is; None for columns and for axes
+        of size 1 that the program added.
+      column_axes: per axis of it the column axis of the projection that it is, or None.
+      sketch_shape: shape of the part of the sketch, rank last, that the view stands for.
+      column_shape: shape of the projection's columns as the view sees them.
+      batch: the axes of it that are still stacked, in the order of the leaf's batch axes.
+      sketch_steps: from the whole sketch to the view's part.
+      column_steps: from the projection as it is drawn to the view's.
+    """
+
+    leaf: _leaves.Leaf
+    shape: tuple[int, ...]
+    sketch_axes: tuple[int | None, ...]
+    column_axes: tuple[int | None, ...]
+    sketch_shape: tuple[int, ...]
+    column_shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    sketch_steps: tuple[_Step, ...] = ()
+    column_steps: tuple[_Step, ...] = ()
+
+    @classmethod
+    def of(cls, leaf: _leaves.Leaf) -> "View":
+        """The weight itself."""
+        kept = leaf.batch + leaf.rows if leaf.rank is not None else tuple(range(len(leaf.shape)))
+        axes = range(len(leaf.shape))
+        return cls(
+            leaf,
+            leaf.shape,
+            tuple(kept.index(axis) if axis in kept else None for axis in axes),
+            tuple(leaf.columns.index(axis) if axis in leaf.columns else None for axis in axes),
+            leaf.stored_shape,
+            tuple(leaf.shape[axis] for axis in leaf.columns),
+            leaf.batch,
+        )
+
+    def transpose(self, permutation: Sequence[int]) -> "View":
+        """With its axes in another order: only the names of axes change, no array does."""
+        new = list(permutation)
+        return dataclasses.replace(
+            self,
+            shape=tuple(self.shape[axis] for axis in new),
+            sketch_axes=tuple(self.sketch_axes[axis] for axis in new),
+            column_axes=tuple(self.column_axes[axis] for axis in new),
+            batch=tuple(new.index(axis) for axis in self.batch),
+        )
+
+    def index(self, axis: int) -> "View":
+        """One position along a batch axis; the caller folds its number into the key."""
+        if not self.batch or axis != self.batch[0]:
+            raise Opaque("takes single positions of an axis that is no batch axis")
+        position = self.sketch_axes[axis]
+        assert position is not None
+
+        def without(values: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+            return values[:at] + values[at + 1 :]
+
+        moved = tuple(
+            a if a is None or a < position else a - 1 for a in without(self.sketch_axes, axis)
+        )
+        return dataclasses.replace(
+            self,
+            shape=without(self.shape, axis),
+            sketch_axes=moved,
+            column_axes=without(self.column_axes, axis),
+            sketch_shape=without(self.sketch_shape, position),
+            batch=tuple(a if a < axis else a - 1 for a in self.batch[1:]),
+            sketch_steps=(*self.sketch_steps, _Step("index", (position,))),
+        )
+
+    def slice(self, starts: Sequence[int], limits: Sequence[int]) -> "View":
+        """A block of it."""
+        cut = [
+            axis
+            for axis, size in enumerate(self.shape)
+            if (starts[axis], limits[axis]) != (0, size)
+        ]
+        if any(axis in self.batch for axis in cut):
+            raise Opaque("takes a part of a stack")
+        view = dataclasses.replace(
+            self, shape=tuple(b - a for a, b in zip(starts, limits, strict=True))
+        )
+        for names, field in (("sketch_axes", "sketch"), ("column_axes", "column")):
+            own = {getattr(self, names)[axis]: axis for axis in cut}
+            if not any(name is not None for name in own):
+                continue
+            shape: tuple[int, ...] = getattr(self, f"{field}_shape")
+            first = tuple(starts[own[i]] if i in own else 0 for i in range(len(shape)))
+            last = tuple(limits[own[i]] if i in own else n for i, n in enumerate(shape))
+            steps = (*getattr(self, f"{field}_steps"), _Step("slice", (first, last)))
+            new_shape = tuple(b - a for a, b in zip(first, last, strict=True))
+            changed: dict[str, Any] = {f"{field}_shape": new_shape, f"{field}_steps": steps}
+            view = dataclasses.replace(view, **changed)
+        return view
+
+    def reshape(self, shape: Sequence[int]) -> "View":
+        """With axes merged or split; rows with rows and columns with columns only."""
+        sketch_axes: list[int | None] = [None] * len(shape)
+        column_axes: list[int | None] = [None] * len(shape)
+        batch: dict[int, int] = {}
+        sketch_shape: dict[int, tuple[int, ...]] = {
+            i: (n,) for i, n in enumerate(self.sketch_shape)
+        }
+        column_shape: dict[int, tuple[int, ...]] = {
+            i: (n,) for i, n in enumerate(self.column_shape)
+        }
+        # Per group of axes: (the new axes, the first old name, a mapping to fill)
+        placed: list[tuple[list[int], int, list[int | None]]] = []
+        for old, new in _groups(self.shape, tuple(shape)):
+            if any(axis in self.batch for axis in old):
+                if len(old) != 1 or len(new) != 1:
+                    raise Opaque("merges or splits a batch axis")
+                batch[old[0]] = new[0]
+            for names, pieces, mapping in (
+                (self.sketch_axes, sketch_shape, sketch_axes),
+                (self.column_axes, column_shape, column_axes),
+            ):
+                own = [names[axis] for axis in old]
+                if all(name is None for name in own):
+                    continue
+                first = own[0]
+                if first is None or own != list(range(first, first + len(own))):
+                    raise Opaque("merges rows with columns")
+                for name in own:
+                    assert name is not None
+                    pieces[name] = ()
+                pieces[first] = tuple(shape[axis] for axis in new)
+                placed.append((new, first, mapping))
+        if len(batch) != len(self.batch):
+            raise Opaque("drops a batch axis")
+        view = dataclasses.replace(
+            self, shape=tuple(shape), batch=tuple(batch[axis] for axis in self.batch)
+        )
+        for new, first, mapping in placed:
+            pieces = sketch_shape if mapping is sketch_axes else column_shape
+            start = sum(len(pieces[i]) for i in range(first))
+            for offset, axis in enumerate(new):
+                mapping[axis] = start + offset
+        new_sketch = sum(sketch_shape.values(), ())
+        new_columns = sum(column_shape.values(), ())
+        if new_sketch != self.sketch_shape:
+            step = _Step("reshape", new_sketch)
+            view = dataclasses.replace(
+                view, sketch_shape=new_sketch, sketch_steps=(*view.sketch_steps, step)
+            )
+        if new_columns != self.column_shape:
+            step = _Step("reshape", new_columns)
+            view = dataclasses.replace(
+                view, column_shape=new_columns, column_steps=(*view.column_steps, step)
+            )
+        return dataclasses.replace(
+            view, sketch_axes=tuple(sketch_axes), column_axes=tuple(column_axes)
+        )
+
+    def draw(self, key: jax.Array, cycle: jax.Array) -> jax.Array:
+        """The projections as the view sees them, `(*batch, rank, *column_shape)`, float32."""
+        stack = tuple(self.shape[axis] for axis in self.batch)
+        keys = _leaves.stack_keys(key, stack)
+        if stack:
+            drawn = jax.vmap(lambda key: self.leaf.draw_matrix(key, cycle))(keys)
+        else:
+            drawn = self.leaf.draw_matrix(keys[0], cycle)
+        lead = drawn.shape[: drawn.ndim - len(self.leaf.columns)]
+        for step in self.column_steps:
+            if step.kind == "reshape":
+                drawn = drawn.reshape(*lead, *step.axes)
+            else:
+                first, last = step.axes
+                drawn = jax.lax.slice(drawn, (0,) * len(lead) + first, lead + last)
+        return drawn.reshape(*stack, *drawn.shape[-1 - len(self.column_shape) :])
+
+    def add(self, total: jax.Array, sketch: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
+        """Add a sketch of the view's part to the whole; `positions` are the indices taken."""
+        return _add(total, sketch, self.sketch_steps, tuple(positions))
+
+
+def _add(
+    total: jax.Array, part: jax.Array, steps: tuple[_Step, ...], positions: tuple[jax.Array, ...]
+) -> jax.Array:
+    # Read, add, write back: inside a loop the whole is then updated in place, a part at a time.
+    if not steps:
+        return total + part.reshape(total.shape).astype(total.dtype)
+    step, steps = steps[0], steps[1:]
+    if step.kind == "reshape":
+        return _add(total.reshape(step.axes), part, steps, positions).reshape(total.shape)
+    if step.kind == "slice":
+        first, last = step.axes
+        new = _add(jax.lax.slice(total, first, last), part, steps, positions)
+        return jax.lax.dynamic_update_slice(total, new, first)
+    (axis,) = step.axes
+    own: jax.Array = jax.lax.dynamic_index_in_dim(total, positions[0], axis, keepdims=False)
+    new = _add(own, part, steps, positions[1:])
+    updated: jax.Array = jax.lax.dynamic_update_index_in_dim(total, new, positions[0], axis)
+    return updated
+
+
+def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes with equal products in both shapes, without axes of size 1."""
+    groups: list[tuple[list[int], list[int]]] = []
+    left = [axis for axis, size in enumerate(old) if size != 1]
+    right = [axis for axis, size in enumerate(new) if size != 1]
+    while left:
+        a, b = [left.pop(0)], [right.pop(0)]
+        while (m := math.prod(old[i] for i in a)) != (n := math.prod(new[i] for i in b)):
+            if m < n:
+                a.append(left.pop(0))
+            else:
+                b.append(right.pop(0))
+        groups.append((a, b))
+    return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A `dot_general` of a view and another array; static.
+
+    The letters name axes as in an einsum: the same letter in two operands is the same axis.
+
+    Attributes:
+      view: of the weight.
+      weight: the letters of the weight's axes.
+      other: the letters of the other operand's axes.
+      output: the letters of the product's axes.
+      precision: of the product, as the program asked for it.
+    """
+
+    view: View
+    weight: str
+    other: str
+    output: str
+    precision: Any
+
+    @classmethod
+    def of(
+        cls, view: View, other_ndim: int, numbers: Any, weight_is_right: bool, precision: Any
+    ) -> "Product":
+        """Name the axes; raise `Opaque` if the projected side is neither free nor contracted."""
+        (contract_left, contract_right), (batch_left, batch_right) = numbers
+        if weight_is_right:
+            contract, contract_other = contract_right, contract_left
+            batch, batch_other = batch_right, batch_left
+        else:
+            contract, contract_other = contract_left, contract_right
+            batch, batch_other = batch_left, batch_right
+        ndim = len(view.shape)
+        weight = [chr(ord("a") + axis) for axis in range(ndim)]
+        other = [chr(ord("A") + axis) for axis in range(other_ndim)]
+        for mine, yours in zip((*contract, *batch), (*contract_other, *batch_other), strict=True):
+            other[yours] = weight[mine]
+        free = [weight[i] for i in range(ndim) if i not in (*contract, *batch)]
+        free_other = [
+            other[i] for i in range(other_ndim) if i not in (*contract_other, *batch_other)
+        ]
+        order = (free_other, free) if weight_is_right else (free, free_other)
+        output = [weight[axis] for axis in batch] + order[0] + order[1]
+        product = cls(view, "".join(weight), "".join(other), "".join(output), precision)
+        if view.leaf.rank is not None:
+            product._projected()
+        return product
+
+    def _projected(self) -> tuple[str, str]:
+        """The letters of the operand that the projection meets, and those of the third array."""
+        columns = [
+            self.weight[i] for i, axis in enumerate(self.view.column_axes) if axis is not None
+        ]
+        needed = {*columns, *(self.weight[axis] for axis in self.view.batch)}
+        both = set(self.other) & set(self.output)
+        if needed <= set(self.output) and not both & set(columns):
+            return self.output, self.other
+        if needed <= set(self.other) and not both & set(columns):
+            return self.other, self.output
+        raise Opaque("contracts a part of the projected side")
+
+    def sketch(
+        self, d_output: jax.Array, other: jax.Array, key: jax.Array, cycle: jax.Array
+    ) -> jax.Array:
+        """The sketch of the weight's gradient, its axes as in the view's part of the sketch."""
+        einsum = functools.partial(jnp.einsum, precision=self.precision)
+        named = {axis: self.weight[i] for i, axis in enumerate(self.view.sketch_axes)}
+        kept = "".join(named[axis] for axis in sorted(a for a in named if a is not None))
+        wide = jnp.promote_types(other.dtype, jnp.float32)
+        if self.view.leaf.rank is None:
+            return einsum(
+                f"{self.output},{self.other}->{kept}", d_output, other, preferred_element_type=wide
+            )
+        projected, third = self._projected()
+        near, far = (d_output, other) if projected is self.output else (other, d_output)
+        a = self.view.draw(key, cycle)
+        named = {axis: self.weight[i] for i, axis in enumerate(self.view.column_axes)}
+        columns = "".join(named[axis] for axis in sorted(c for c in named if c is not None))
+        a = a.reshape(
+            *a.shape[: a.ndim - len(self.view.column_shape)],
+            *(self.view.shape[self.weight.index(letter)] for letter in columns),
+        )
+        stack = "".join(self.weight[axis] for axis in self.view.batch)
+        rest = "".join(letter for letter in projected if letter not in columns) + _RANK
+        thin = einsum(
+            f"{projected},{stack}{_RANK}{columns}->{rest}",
+            near,
+            a.astype(near.dtype),
+            preferred_element_type=jnp.promote_types(near.dtype, jnp.float32),
+        )
+        return einsum(
+            f"{third},{rest}->{kept}{_RANK}",
+            far,
+            thin.astype(far.dtype),
+            preferred_element_type=wide,
+        )
+
+
+_RANK = "Z"  # the letter of the sketch's last axis
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def record(
+    product: Product,
+    output: jax.Array,
+    other: jax.Array,
+    total: jax.Array,
+    source: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]],
+) -> tuple[jax.Array, jax.Array]:
+    """Let the sketch of a product's weight be added to the cotangent of `total`.
+
+    Returns `output` and `total` unchanged: `total` only carries the sum of the sketches backward
+    through the program, from use to use, as a loop carries an accumulator, and that is what makes
+    it one buffer, updated in place. `source` is the key, the cycle, and the indices taken.
+    """
+    del product, other, source
+    return output, total
+
+
+def _record_forward(
+    product: Product, output: jax.Array, other: jax.Array, total: jax.Array, source: Any
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    return (output, total), (other, source)
+
+
+def _record_backward(
+    product: Product, residuals: Any, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[Any, ...]:
+    other, (key, cycle, positions) = residuals
+    d_output, d_total = cotangents
+    sketch = product.sketch(d_output, other, key, cycle)
+    return d_output, None, product.view.add(d_total, sketch, positions), None
+
+
+record.defvjp(_record_forward, _record_backward)
