@@ -23,6 +23,7 @@ PUBLIC_NAMES = {
     "flora_momentum",
     "gradient_report",
     "has_updated",
+    "layerwise_value_and_update",
     "microbatch_accumulator",
     "per_layer",
     "state_report",

@@ -6,6 +6,7 @@ from florax._accumulate import finish as finish
 from florax._accumulate import flora_accumulate as flora_accumulate
 from florax._accumulate import has_updated as has_updated
 from florax._alias import flora as flora
+from florax._layerwise import layerwise_value_and_update as layerwise_value_and_update
 from florax._leaves import FloraDimensionNumbers as FloraDimensionNumbers
 from florax._leaves import attention_and_feed_forward as attention_and_feed_forward
 from florax._momentum import FloraMomentumState as FloraMomentumState

@@ -129,39 +129,53 @@ def flora_accumulate(
     _leaves.check_settings(rank, side, projection)
     base = optax.with_extra_args_support(opt)
     rule = AccumulationRule(use_grad_mean, should_skip_update_fn)
-
-    def accumulator(own: jnp.dtype) -> jax.typing.DTypeLike:
-        if accumulator_dtype is not None:
-            return accumulator_dtype
-        return jnp.promote_types(own, jnp.float32)
-
-    def init_fn(params: optax.Params) -> FloraAccumulateState:
-        # Two arrays, not one twice: states can be donated.
-        mini_step, gradient_step = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        base_state, base_key = base.init(params), _leaves.base_key(key)
-        if _sketches.is_stand_in(params):
-            sketch = cast(_sketches.Sketches, mini_step)
-            return FloraAccumulateState(
-                mini_step, gradient_step, base_state, sketch, base_key, rule
-            )
-        stacked = None
-        if isinstance(base.update, _per_layer.Update):
-            stacked = [height is not None for height in base_state.heights.of_leaves]
-        leaves = _leaves.plan(params, rank, side, projection, dimension_numbers, stacked)
-        sketch = _sketches.zero_sketches(params, leaves, accumulator)
-        skip_state: Any = ()
-        if should_skip_update_fn is not None:
-            zeros = optax.tree.zeros_like(params)
-            _, skip_state = should_skip_update_fn(zeros, gradient_step, params)
-        return FloraAccumulateState(
-            mini_step, gradient_step, base_state, sketch, base_key, rule, skip_state
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, _Update(base, every_k_schedule))
+    settings = (rank, side, projection, dimension_numbers)
+    return optax.GradientTransformationExtraArgs(
+        Init(base, rule, key, settings, accumulator_dtype), Update(base, every_k_schedule)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Update:
+class Init:
+    """The init function of `flora_accumulate`."""
+
+    opt: optax.GradientTransformationExtraArgs
+    rule: AccumulationRule
+    key: Any
+    settings: tuple[_leaves.Rank, _leaves.Side, _projection.Projection, Any]  # of the plan
+    accumulator_dtype: jax.typing.DTypeLike | None
+
+    def __call__(self, params: optax.Params) -> FloraAccumulateState:
+        # Two arrays, not one twice: states can be donated.
+        mini_step, gradient_step = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        base_state, base_key = self.opt.init(params), _leaves.base_key(self.key)
+        if _sketches.is_stand_in(params):
+            sketch = cast(_sketches.Sketches, mini_step)
+            return FloraAccumulateState(
+                mini_step, gradient_step, base_state, sketch, base_key, self.rule
+            )
+        stacked = None
+        if isinstance(self.opt.update, _per_layer.Update):
+            stacked = [stack is not None for stack in base_state.stacks.of_leaves]
+        leaves = _leaves.plan(params, *self.settings, stacked)
+        sketch = _sketches.zero_sketches(params, leaves, self._dtype)
+        skip_state: Any = ()
+        if self.rule.should_skip_update_fn is not None:
+            zeros = optax.tree.zeros_like(params)
+            _, skip_state = self.rule.should_skip_update_fn(zeros, gradient_step, params)
+        return FloraAccumulateState(
+            mini_step, gradient_step, base_state, sketch, base_key, self.rule, skip_state
+        )
+
+    def _dtype(self, own: jnp.dtype) -> jax.typing.DTypeLike:
+        """Of the accumulator, for a parameter of dtype `own`."""
+        if self.accumulator_dtype is not None:
+            return self.accumulator_dtype
+        return jnp.promote_types(own, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
     """The update function of `flora_accumulate`, which `finish` asks for the base optimizer."""
 
     opt: optax.GradientTransformationExtraArgs
@@ -412,41 +426,42 @@ def _update_and_apply(
     if not isinstance(opt.update, _per_layer.Update):
         return update(opt, list(leaves), kept, state.key, params, inner)
 
-    opt, heights = opt.update.opt, inner.heights
+    opt, stacks = opt.update.opt, inner.stacks
 
-    def part(height: int | None) -> tuple[list[_leaves.Leaf], list[jax.Array], optax.Params]:
-        numbers = [i for i, own in enumerate(heights.of_leaves) if own == height]
-        own_params = heights.select(params, height)
+    def part(stack: int | None) -> tuple[list[_leaves.Leaf], list[jax.Array], optax.Params]:
+        numbers = [i for i, own in enumerate(stacks.of_leaves) if own == stack]
+        own_params = stacks.select(params, stack)
         return [leaves[i] for i in numbers], [kept[i] for i in numbers], own_params
 
     parts: dict[int | None, Any] = {}
     own_leaves, own_kept, own_params = part(None)
     parts[None], rest = update(opt, own_leaves, own_kept, state.key, own_params, inner.rest)
-    stacks = []
-    for height, own in zip(heights.distinct, inner.stacks, strict=True):
-        own_leaves, own_kept, own_params = part(height)
-        layer_leaves = [leaf.layer() for leaf in own_leaves]
+    layers = []
+    for stack, own in enumerate(inner.layers):
+        own_leaves, own_kept, own_params = part(stack)
 
         def layer(
             index: jax.Array,
-            stack: Any,
-            layer_leaves: list[_leaves.Leaf] = layer_leaves,
+            carry: Any,
+            own_leaves: list[_leaves.Leaf] = own_leaves,
             own_kept: list[jax.Array] = own_kept,
         ) -> Any:
             sketches, (layer_params, layer_state) = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), (own_kept, stack)
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), (own_kept, carry)
             )
+            layer_leaves = [leaf.layer() for leaf in own_leaves]
             key = _leaves.fold(state.key, index)
             new = update(opt, layer_leaves, sketches, key, layer_params, layer_state)
             return jax.tree.map(
-                lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, index, 0), stack, new
+                lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, index, 0), carry, new
             )
 
         # A loop that carries the stacks updates them in place; a scan would make new ones.
-        parts[height], own = jax.lax.fori_loop(0, height, layer, (own_params, own))
-        stacks.append(own)
-    merged = heights.merge(jax.tree.structure(params), parts)
-    return merged, _per_layer.PerLayerState(tuple(stacks), rest, heights)
+        height = stacks.heights[stack]
+        parts[stack], own = jax.lax.fori_loop(0, height, layer, (own_params, own))
+        layers.append(own)
+    merged = stacks.merge(jax.tree.structure(params), parts)
+    return merged, _per_layer.PerLayerState(tuple(layers), rest, stacks)
 
 
 def _decompress(
@@ -455,10 +470,10 @@ def _decompress(
     return (sketch if projection is None else leaf.decompress(sketch, projection)).astype(dtype)
 
 
-def check_transformation(function: str, tx: Any) -> _Update:
+def check_transformation(function: str, tx: Any) -> Update:
     """Raise unless `tx` is a `flora_accumulate`; its update function."""
     update = getattr(tx, "update", None)
-    if not isinstance(update, _Update):
+    if not isinstance(update, Update):
         raise TypeError(
             f"{function} takes what flora_accumulate returned as tx, got {tx!r}. Transformations "
             "that stand beside it in a chain go into its base optimizer."

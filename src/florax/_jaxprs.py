@@ -81,6 +81,12 @@ def run(equation: Equation, values: Sequence[Any]) -> list[Any]:
     return list(function(*operands.values()))
 
 
+def run_program(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Run a whole program on the values of its operands."""
+    function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))  # type: ignore[attr-defined]
+    return list(function(*values))
+
+
 class Scan(NamedTuple):
     """The operands of a scan, in their three groups, and its body."""
 

@@ -15,18 +15,19 @@ Stacked: TypeAlias = Callable[[_leaves.KeyPath, Any], bool] | Any
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Heights:
-    """How many layers each leaf is a stack of, in flattening order; None for what is no stack."""
+class Stacks:
+    """Which leaves are stacks of layers, by number of the stack; static.
+
+    Attributes:
+      of_leaves: per leaf, in flattening order, the stack that it is part of; None if of none.
+      heights: per stack the number of its layers.
+    """
 
     of_leaves: tuple[int | None, ...]
+    heights: tuple[int, ...]
 
-    @property
-    def distinct(self) -> tuple[int, ...]:
-        """The heights that occur."""
-        return tuple(sorted({height for height in self.of_leaves if height is not None}))
-
-    def select(self, tree: Any, height: int | None) -> Any:
-        """`tree` with the leaves of that height only, None in the place of the others."""
+    def select(self, tree: Any, stack: int | None) -> Any:
+        """`tree` with the leaves of that stack only, None in the place of the others."""
         if tree is None:
             return None
         flat, treedef = jax.tree.flatten(tree)
@@ -37,28 +38,28 @@ class Heights:
             )
         return jax.tree.unflatten(
             treedef,
-            [x if own == height else None for x, own in zip(flat, self.of_leaves, strict=True)],
+            [x if own == stack else None for x, own in zip(flat, self.of_leaves, strict=True)],
         )
 
     def merge(self, treedef: Any, parts: dict[int | None, Any]) -> Any:
-        """The whole tree again from its parts by height."""
-        leaves = {height: iter(jax.tree.leaves(part)) for height, part in parts.items()}
-        return jax.tree.unflatten(treedef, [next(leaves[height]) for height in self.of_leaves])
+        """The whole tree again from its parts by stack."""
+        leaves = {stack: iter(jax.tree.leaves(part)) for stack, part in parts.items()}
+        return jax.tree.unflatten(treedef, [next(leaves[stack]) for stack in self.of_leaves])
 
 
 class PerLayerState(NamedTuple):
     """State of `per_layer`.
 
     Attributes:
-      stacks: per height, in rising order, the state of a layer, stacked: every array with a leading
-        axis of the layers.
+      layers: per stack the state of a layer, stacked: every array with a leading axis of layers.
+        Leaves with the same number of layers are one stack.
       rest: the state of all that is no stack.
-      heights: how many layers each leaf is a stack of; static.
+      stacks: which leaves are stacks; static.
     """
 
-    stacks: tuple[optax.OptState, ...]
+    layers: tuple[optax.OptState, ...]
     rest: optax.OptState
-    heights: Heights
+    stacks: Stacks
 
 
 def per_layer(
@@ -96,14 +97,20 @@ def per_layer(
     opt = optax.with_extra_args_support(opt)
 
     def init_fn(params: optax.Params) -> PerLayerState:
-        heights = _heights(params, stacked)
-        stacks = []
-        for height in heights.distinct:
-            state = jax.vmap(opt.init)(heights.select(params, height))
-            stacks.append(_own_keys(state))
-        return PerLayerState(tuple(stacks), opt.init(heights.select(params, None)), heights)
+        return init(opt, params, _stacks(params, stacked))
 
     return optax.GradientTransformationExtraArgs(init_fn, Update(opt))
+
+
+def init(
+    opt: optax.GradientTransformationExtraArgs, params: optax.Params, stacks: Stacks
+) -> PerLayerState:
+    """The state of `per_layer` for known stacks."""
+    layers = [
+        _own_keys(jax.vmap(opt.init)(stacks.select(params, stack)))
+        for stack in range(len(stacks.heights))
+    ]
+    return PerLayerState(tuple(layers), opt.init(stacks.select(params, None)), stacks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,26 +126,26 @@ class Update:
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, PerLayerState]:
-        heights = state.heights
+        stacks = state.stacks
+
+        def layer(_: None, xs: Any) -> Any:
+            return None, self.opt.update(*xs, **extra_args)
+
         parts: dict[int | None, Any] = {}
         parts[None], rest = self.opt.update(
-            heights.select(updates, None), state.rest, heights.select(params, None), **extra_args
+            stacks.select(updates, None), state.rest, stacks.select(params, None), **extra_args
         )
-        stacks = []
-        for height, own in zip(heights.distinct, state.stacks, strict=True):
-
-            def layer(_: None, xs: Any) -> Any:
-                return None, self.opt.update(*xs, **extra_args)
-
+        layers = []
+        for stack, own in enumerate(state.layers):
             # A scan, not vmap: a layer's temporaries at a time, and conditionals stay conditionals.
-            xs = (heights.select(updates, height), own, heights.select(params, height))
-            _, (parts[height], own) = jax.lax.scan(layer, None, xs)
-            stacks.append(own)
-        merged = heights.merge(jax.tree.structure(updates), parts)
-        return merged, PerLayerState(tuple(stacks), rest, heights)
+            xs = (stacks.select(updates, stack), own, stacks.select(params, stack))
+            _, (parts[stack], own) = jax.lax.scan(layer, None, xs)
+            layers.append(own)
+        merged = stacks.merge(jax.tree.structure(updates), parts)
+        return merged, PerLayerState(tuple(layers), rest, stacks)
 
 
-def _heights(params: optax.Params, stacked: Stacked) -> Heights:
+def _stacks(params: optax.Params, stacked: Stacked) -> Stacks:
     flat = jax.tree_util.tree_leaves_with_path(params)
     heights: list[int | None] = []
     for (path, leaf), is_stack in zip(
@@ -150,7 +157,9 @@ def _heights(params: optax.Params, stacked: Stacked) -> Heights:
                 "out of stacked."
             )
         heights.append(leaf.shape[0] if is_stack else None)
-    return Heights(tuple(heights))
+    distinct = sorted({height for height in heights if height is not None})
+    numbers = (None if height is None else distinct.index(height) for height in heights)
+    return Stacks(tuple(numbers), tuple(distinct))
 
 
 def _own_keys(state: optax.OptState) -> optax.OptState:

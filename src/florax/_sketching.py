@@ -286,6 +286,22 @@ def _slice(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> lis
     return _block(weight, equation, [weight.array], starts, limits)
 
 
+def _split(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
+    (weight,) = values
+    axis, shape = equation.params["axis"], weight.view.shape
+    views, start = [], 0
+    for size in equation.params["sizes"]:
+        starts = [start if i == axis else 0 for i in range(len(shape))]
+        limits = [start + size if i == axis else n for i, n in enumerate(shape)]
+        views.append(weight.view.slice(starts, limits))
+        start += size
+    arrays = _jaxprs.run(equation, [weight.array])
+    return [
+        dataclasses.replace(weight, array=array, view=view)
+        for array, view in zip(arrays, views, strict=True)
+    ]
+
+
 def _dynamic_slice(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
     weight, *starts = values
     if not isinstance(weight, _Weight):
@@ -337,6 +353,7 @@ _RULES: dict[str, Rule] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
+    "split": _split,
     "dynamic_slice": _dynamic_slice,
 }
 

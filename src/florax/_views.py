@@ -308,11 +308,10 @@ class Product:
         columns = [
             self.weight[i] for i, axis in enumerate(self.view.column_axes) if axis is not None
         ]
-        needed = {*columns, *(self.weight[axis] for axis in self.view.batch)}
         both = set(self.other) & set(self.output)
-        if needed <= set(self.output) and not both & set(columns):
+        if set(columns) <= set(self.output) - both:
             return self.output, self.other
-        if needed <= set(self.other) and not both & set(columns):
+        if set(columns) <= set(self.other) - both:
             return self.other, self.output
         raise Opaque("contracts a part of the projected side")
 
@@ -338,7 +337,9 @@ class Product:
             *(self.view.shape[self.weight.index(letter)] for letter in columns),
         )
         stack = "".join(self.weight[axis] for axis in self.view.batch)
-        rest = "".join(letter for letter in projected if letter not in columns) + _RANK
+        # What all matrices of a stack share meets the projection of each.
+        alone = "".join(letter for letter in stack if letter not in projected)
+        rest = alone + "".join(letter for letter in projected if letter not in columns) + _RANK
         thin = einsum(
             f"{projected},{stack}{_RANK}{columns}->{rest}",
             near,

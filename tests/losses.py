@@ -1,0 +1,581 @@
+"""Losses that use weights in every way that a gradient can, or cannot, be born compressed through.
+
+Sizes are chosen so that no activation, sketch or projection has as many entries as a weight.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.ad_checkpoint
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core
+from jax.interpreters import ad, mlir
+
+import florax
+from florax import FloraDimensionNumbers as Axes
+
+TOKENS, WIDTH, INNER, LAYERS, RANK = 5, 11, 13, 3, 4
+STACK = Axes(rows=1, columns=2, batch=0)
+
+
+class Case(NamedTuple):
+    """A loss and what it is called with.
+
+    Attributes:
+      loss: of the parameters and the batch.
+      params: a tree.
+      batch: the other arguments.
+      dense: by path, the operation that keeps a gradient dense.
+      axes: by name, how a parameter is seen; for others: three axes are a stack.
+      eps: of the narrowest type in which a gradient is computed.
+    """
+
+    loss: Callable[..., Any]
+    params: Any
+    batch: tuple[Any, ...]
+    dense: Mapping[str, str] = {}
+    axes: Mapping[str, Axes] = {}
+    eps: float = float(jnp.finfo(jnp.float32).eps)
+
+    def transformation(self, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+        return florax.flora_accumulate(
+            **{"opt": optax.sgd(0.1), "every_k_schedule": 2, "rank": RANK, **arguments},
+            dimension_numbers=self.dimension_numbers,
+        )
+
+    def dimension_numbers(self, path: Any, leaf: Any) -> Axes | None:
+        name = getattr(path[-1], "key", None) if path else None
+        return self.axes.get(name, STACK if leaf.ndim == 3 else None)
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(function: Callable[[], Case]) -> Callable[[], Case]:
+    CASES[function.__name__] = functools.cache(function)
+    return CASES[function.__name__]
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
+    """Of size 1 / sqrt(first axis but a stack's), so that activations keep theirs."""
+    rng = np.random.default_rng([seed, *shape])
+    scale = np.sqrt(shape[-2] if len(shape) > 1 else 1)
+    return jnp.asarray(rng.normal(size=shape) / scale, dtype)
+
+
+def tokens(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(7).normal(size=(*shape, TOKENS, WIDTH)), dtype)
+
+
+def matrices(**arguments: Any) -> dict[str, jax.Array]:
+    return {"up": normal(WIDTH, INNER, **arguments), "down": normal(INNER, WIDTH, **arguments)}
+
+
+def stacks(*stack: int) -> dict[str, jax.Array]:
+    return {"up": normal(*stack, WIDTH, INNER), "down": normal(*stack, INNER, WIDTH)}
+
+
+def block(x: jax.Array, w: Any) -> jax.Array:
+    """A feed-forward network with its skip connection."""
+    return x + jnp.tanh(x @ w["up"]) @ w["down"]
+
+
+def size(x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+# --- products
+
+
+@case
+def a_plain_function() -> Case:
+    def loss(params, x):
+        return size(block(x, params) + params["bias"])
+
+    return Case(loss, {**matrices(), "bias": normal(WIDTH)}, (tokens(2),))
+
+
+@case
+def weights_on_the_left() -> Case:
+    def loss(params, x):
+        return size(params["down"].T @ jnp.tanh(params["up"].T @ x.T))
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def a_matrix_by_a_vector() -> Case:
+    def loss(params, x):
+        return size(jnp.tanh(x[0] @ params["up"]) @ params["down"])
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def a_tied_weight() -> Case:
+    def loss(params, x):
+        return size(jnp.tanh(x @ params["up"]) @ params["up"].T @ params["down"].T)
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def attention_kernels_of_three_axes() -> Case:
+    def loss(params, x):
+        q, k, v = (jnp.einsum("td,dhk->thk", x, params[name]) for name in ("q", "k", "v"))
+        mixed = jax.nn.dot_product_attention(q[None], k[None], v[None])
+        return size(jnp.einsum("bthk,hkd->btd", mixed, params["out"]))
+
+    kernels = {name: normal(WIDTH, 2, 7, seed=i) for i, name in enumerate(("q", "k", "v"))}
+    axes = {**dict.fromkeys(kernels, Axes(0, (1, 2))), "out": Axes((0, 1), 2)}
+    return Case(loss, {**kernels, "out": normal(2, 7, WIDTH)}, (tokens(),), axes=axes)
+
+
+@case
+def grouped_heads_of_four_axes() -> Case:
+    def loss(params, x):
+        return size(jnp.einsum("td,dghk->gthk", x, params["q"]))
+
+    axes = {"q": Axes(0, (1, 2, 3))}
+    return Case(loss, {"q": normal(WIDTH, 3, 2, 7)}, (tokens(),), axes=axes)
+
+
+@case
+def heads_merged_and_split() -> Case:
+    def loss(params, x):
+        heads = (x @ params["split"]).reshape(-1, 2, 7)
+        split = jnp.einsum("td,dhk->thk", x, params["split"].reshape(WIDTH, 2, 7))
+        merged = x @ params["merged"].reshape(WIDTH, 14)
+        rows = jnp.einsum("thk,hkd->td", heads, params["rows"].reshape(2, 7, WIDTH))
+        return size(split) + size(merged) + size(rows)
+
+    params = {
+        "split": normal(WIDTH, 14),
+        "merged": normal(WIDTH, 2, 7),
+        "rows": normal(14, WIDTH),
+    }
+    return Case(loss, params, (tokens(),), axes={"merged": Axes(0, (1, 2))})
+
+
+@case
+def a_fused_weight_cut_in_columns_and_in_rows() -> Case:
+    def loss(params, x):
+        q, k, v = jnp.split(params["columns"], 3, axis=1)
+        first, second = params["rows"][:4], params["rows"][4:]
+        return size(x @ q) + size((x @ k) * (x @ v)) + size(x[:, :4] @ first + x[:, 4:] @ second)
+
+    return Case(loss, {"columns": normal(WIDTH, 21), "rows": normal(WIDTH, INNER)}, (tokens(),))
+
+
+@case
+def a_part_that_is_used_alone() -> Case:
+    def loss(params, x):
+        return size(x @ params["up"][:, 2:9])
+
+    return Case(loss, {"up": normal(WIDTH, INNER)}, (tokens(),))
+
+
+@case
+def transposed_before_it_is_stored() -> Case:
+    """`(out, in)`, as PyTorch keeps it."""
+
+    def loss(params, x):
+        return size(jnp.swapaxes(params["w"], 0, 1).T @ x.T) + size(x @ params["w"].T)
+
+    return Case(loss, {"w": normal(INNER, WIDTH)}, (tokens(),))
+
+
+@case
+def a_weight_that_is_not_used() -> Case:
+    def loss(params, x):
+        return size(x @ params["up"])
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def a_gradient_inside_of_the_loss() -> Case:
+    def energy(x, params):
+        return jnp.sum(jnp.tanh(x @ params["up"]) @ params["down"])
+
+    def loss(params, x):
+        return size(jax.grad(energy)(x, params))
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+# --- types
+
+
+@case
+def bfloat16_activations_of_float32_weights() -> Case:
+    def loss(params, x):
+        half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+        return size(block(x.astype(jnp.bfloat16), half))
+
+    return Case(loss, matrices(), (tokens(),), eps=float(jnp.finfo(jnp.bfloat16).eps))
+
+
+@case
+def bfloat16_weights() -> Case:
+    def loss(params, x):
+        product = jnp.matmul(x, params["up"], preferred_element_type=jnp.float32)
+        return size(product.astype(jnp.bfloat16) @ params["down"])
+
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    batch = (tokens(dtype=jnp.bfloat16),)
+    return Case(loss, matrices(dtype=jnp.bfloat16), batch, eps=eps)
+
+
+@case
+def bfloat16_weights_in_a_float32_program() -> Case:
+    def loss(params, x):
+        return size(block(x, jax.tree.map(lambda w: w.astype(jnp.float32), params)))
+
+    eps = float(jnp.finfo(jnp.bfloat16).eps)  # the dense gradient is rounded to it
+    return Case(loss, matrices(dtype=jnp.bfloat16), (tokens(),), eps=eps)
+
+
+# --- programs in programs
+
+
+@case
+def a_jitted_function() -> Case:
+    def loss(params, x):
+        return size(jax.jit(jax.jit(block))(x, params))
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+def checkpointed(policy: Any) -> Case:
+    def named(x, w):
+        return jax.ad_checkpoint.checkpoint_name(block(x, w), "block")
+
+    def loss(params, x):
+        return size(jax.checkpoint(named, policy=policy)(x, params))
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def a_checkpoint() -> Case:
+    return checkpointed(None)
+
+
+@case
+def a_checkpoint_that_saves_products() -> Case:
+    return checkpointed(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+
+
+@case
+def a_checkpoint_that_saves_names() -> Case:
+    return checkpointed(jax.checkpoint_policies.save_only_these_names("block"))
+
+
+@case
+def a_checkpoint_that_returns_its_weights() -> Case:
+    """As flax.nnx's do."""
+
+    @jax.checkpoint
+    def layer(w, x):
+        return w, block(x, w)
+
+    def loss(params, x):
+        params, x = layer(params, x)
+        return size(layer(params, x)[1])
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+def scanned(reverse: bool = False, unroll: int = 1, wrap: Any = lambda f: f) -> Case:
+    def loss(params, x):
+        body = wrap(lambda x, w: (block(x, w), None))
+        return size(jax.lax.scan(body, x, params, reverse=reverse, unroll=unroll)[0])
+
+    return Case(loss, stacks(LAYERS), (tokens(),))
+
+
+@case
+def a_scan_over_layers() -> Case:
+    return scanned()
+
+
+@case
+def a_scan_in_reverse() -> Case:
+    return scanned(reverse=True)
+
+
+@case
+def an_unrolled_scan() -> Case:
+    return scanned(unroll=2)
+
+
+@case
+def a_scan_of_a_checkpoint() -> Case:
+    return scanned(wrap=jax.checkpoint)
+
+
+@case
+def a_scan_over_time() -> Case:
+    """The weights are constants of the loop."""
+
+    def loss(params, x):
+        return size(jax.lax.scan(lambda h, x: (block(h + x, params), h), x[0], x)[1])
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def a_scan_that_carries_its_weights() -> Case:
+    def loss(params, x):
+        def step(carry, x):
+            h, w = carry
+            return (block(h + x, w), w), None
+
+        (h, w), _ = jax.lax.scan(step, (x[0], params), x)
+        return size(h @ w["up"])
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def a_scan_that_returns_its_layers() -> Case:
+    """As flax.nnx's do."""
+
+    def loss(params, x):
+        x, params = jax.lax.scan(lambda x, w: (block(x, w), w), x, params)
+        return size(jax.lax.scan(lambda x, w: (block(x, w), None), x, params)[0])
+
+    return Case(loss, stacks(LAYERS), (tokens(),))
+
+
+@case
+def nested_scans_over_two_stacks() -> Case:
+    def loss(params, x):
+        def outer(x, w):
+            return jax.lax.scan(lambda x, w: (block(x, w), None), x, w)
+
+        return size(jax.lax.scan(outer, x, params)[0])
+
+    axes = dict.fromkeys(("up", "down"), Axes(2, 3, (0, 1)))
+    return Case(loss, stacks(2, LAYERS), (tokens(),), axes=axes)
+
+
+@case
+def a_scan_over_time_in_a_scan_over_layers() -> Case:
+    def loss(params, x):
+        def layer(x, w):
+            return jax.lax.scan(lambda h, x: (block(h + x, w), h), x[0], x)[1], None
+
+        return size(jax.lax.scan(layer, x, params)[0])
+
+    return Case(loss, stacks(LAYERS), (tokens(),))
+
+
+@case
+def layers_taken_by_number() -> Case:
+    def loss(params, x):
+        for i in (0, -1, 1):
+            x = block(x, jax.tree.map(lambda w, i=i: w[i], params))
+        return size(x)
+
+    return Case(loss, stacks(LAYERS), (tokens(),))
+
+
+@case
+def layers_taken_by_a_traced_number() -> Case:
+    def loss(params, x, number):
+        for i in (number, jnp.clip(number - 1, 0, 2)):
+            x = block(x, jax.tree.map(lambda w, i=i: w[i], params))
+        return size(x)
+
+    return Case(loss, stacks(LAYERS), (tokens(), jnp.int32(2)))
+
+
+@case
+def layers_taken_in_a_loop() -> Case:
+    def loss(params, x):
+        def body(i, x):
+            w = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), params)
+            return block(x, w)
+
+        return size(jax.lax.fori_loop(0, LAYERS, body, x))
+
+    return Case(loss, stacks(LAYERS), (tokens(),))
+
+
+@case
+def a_conditional() -> Case:
+    def loss(params, x):
+        def skip(x):
+            return x @ params["up"][:, :WIDTH]
+
+        return size(jax.lax.cond(x[0, 0] > 0, lambda x: block(x, params), skip, x))
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def a_switch_between_layers() -> Case:
+    def loss(params, x):
+        def run(number):
+            w = {name: params[name][number] for name in params}
+            return lambda x: block(x, w)
+
+        return size(jax.lax.switch(2, [run(i) for i in range(LAYERS)], x))
+
+    return Case(loss, stacks(LAYERS), (tokens(),))
+
+
+@case
+def examples_mapped_one_by_one() -> Case:
+    def loss(params, x):
+        return size(jax.vmap(jax.vmap(block, (0, None)), (0, None))(x, params))
+
+    return Case(loss, matrices(), (tokens(2),))
+
+
+@case
+def experts_mapped_each_over_its_tokens() -> Case:
+    def loss(params, x):
+        return size(jax.vmap(block)(x, params))
+
+    return Case(loss, stacks(LAYERS), (tokens(LAYERS),))
+
+
+@case
+def experts_mapped_over_the_same_tokens() -> Case:
+    def loss(params, x):
+        return size(jax.vmap(block, (None, 0))(x, params))
+
+    return Case(loss, stacks(LAYERS), (tokens(),))
+
+
+@case
+def a_scan_over_layers_of_experts() -> Case:
+    def loss(params, x):
+        def layer(x, w):
+            return jax.vmap(block)(x, w), None
+
+        return size(jax.lax.scan(layer, x, params)[0])
+
+    axes = dict.fromkeys(("up", "down"), Axes(2, 3, (0, 1)))
+    return Case(loss, stacks(2, LAYERS), (tokens(LAYERS),), axes=axes)
+
+
+@jax.custom_vjp
+def clipped(x):
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, ct: (jnp.clip(ct, -0.01, 0.01),))
+
+
+@case
+def a_custom_gradient_beside() -> Case:
+    def loss(params, x):
+        return size(clipped(jax.nn.gelu(clipped(x @ params["up"]))) @ params["down"])
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def effects_beside() -> Case:
+    def loss(params, x):
+        x = block(x, params)
+        jax.debug.callback(lambda _: None, x)
+        _, numbers = jax.lax.top_k(x, 2)
+        return size(x) + jnp.mean(numbers)
+
+    return Case(loss, matrices(), (tokens(),))
+
+
+@case
+def numpy_parameters() -> Case:
+    a = a_plain_function()
+    return a._replace(params=jax.tree.map(np.asarray, a.params))
+
+
+# --- what a gradient cannot be born compressed through
+
+
+def opaque(name: str, operation: str, use: Callable[[jax.Array], jax.Array]) -> None:
+    """A weight that is used twice, in a product and through `use`, beside one that is not."""
+
+    def loss(params, x):
+        return size(x @ params["up"]) + size(use(params["up"])) + size(x @ params["down"].T)
+
+    CASES[name] = lambda: Case(loss, matrices(), (tokens(),), {"['up']": operation})
+
+
+opaque("a_penalty_on_a_weight", "square", lambda w: jnp.sum(jnp.square(w)))
+opaque("a_function_of_a_weight", "tanh", jnp.tanh)
+opaque("a_masked_weight", "mul", lambda w: w * (jnp.arange(INNER) % 2))
+opaque("an_embedding", "gather", lambda w: w[jnp.arange(4)])
+opaque("a_weight_with_its_rows_taken_in_turn", "scan", lambda w: jax.lax.map(jnp.sum, w))
+opaque("a_changing_carry", "scan", lambda w: jax.lax.fori_loop(0, 2, lambda i, w: w * 2, w))
+opaque("a_flat_weight", "reshape", lambda w: w.reshape(-1) @ jnp.ones((WIDTH * INNER, 2)))
+opaque("a_sum_of_rows", "reduce_sum", lambda w: w.sum(0))
+opaque("a_repeated_weight", "broadcast_in_dim", lambda w: jnp.broadcast_to(w, (2, *w.shape)))
+opaque("every_other_column", "slice", lambda w: jnp.ones(WIDTH) @ w[:, ::2])
+opaque("concatenated_weights", "concatenate", lambda w: jnp.concatenate([w, w]))
+opaque("a_returned_branch", "cond", lambda w: jax.lax.cond(True, lambda w: w, lambda w: w, w))
+opaque("a_custom_gradient_around", "custom_vjp_call", clipped)
+opaque("a_custom_tangent_around", "custom_jvp_call", jax.nn.relu)
+opaque("a_stopped_gradient", "stop_gradient", jax.lax.stop_gradient)
+opaque("an_integer_product", "dot_general", lambda w: w @ jnp.ones((INNER, 2), jnp.int32))
+opaque("a_complex_product", "dot_general", lambda w: jnp.abs(w @ jnp.full((INNER, 2), 1j)))
+opaque("an_index_that_is_not_known", "dynamic_slice", lambda w: jax.lax.dynamic_slice_in_dim(
+    w, jnp.argmax(jnp.arange(4)), 2, axis=1))
+
+
+@case
+def a_product_of_two_weights() -> Case:
+    def loss(params, x):
+        return size(x @ (params["up"] @ params["down"]))
+
+    dense = dict.fromkeys(("['up']", "['down']"), "dot_general")
+    return Case(loss, matrices(), (tokens(),), dense)
+
+
+@case
+def a_part_of_the_projected_side_contracted() -> Case:
+    def loss(params, x):
+        return size(jnp.einsum("dhk,k->dh", params["q"], jnp.arange(7.0)))
+
+    params = {"q": normal(17, 2, 7)}
+    return Case(loss, params, (tokens(),), {"['q']": "dot_general"}, {"q": Axes(0, (1, 2))})
+
+
+@case
+def a_convolution() -> Case:
+    def loss(params, x):
+        product = jax.lax.conv_general_dilated(
+            x[None], params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return size(product)
+
+    params = {"kernel": normal(2, WIDTH, INNER)}
+    axes = {"kernel": Axes((0, 1), 2)}
+    return Case(loss, params, (tokens(),), {"['kernel']": "conv_general_dilated"}, axes)
+
+
+@case
+def the_loss_itself() -> Case:
+    def loss(params, x):
+        w = jax.lax.scan(lambda c, w: (c, w @ x[0]), 0.0, params["up"].T[None])[1]
+        return size(w)
+
+    return Case(loss, {"up": normal(WIDTH, INNER)}, (tokens(),), {"['up']": "scan"})
+
+
+doubled_p = core.Primitive("doubled")
+doubled_p.def_impl(lambda x: 2 * x)
+doubled_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(doubled_p, lambda ct, x: (doubled_p.bind(ct),))
+mlir.register_lowering(doubled_p, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+opaque("a_primitive_of_the_future", "doubled", doubled_p.bind)
