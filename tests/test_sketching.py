@@ -1,53 +1,446 @@
 """Gradients born compressed are the compressed gradients."""
 
-import losses
+import re
+
+import chex
 import jax
 import jax.numpy as jnp
+import losses
 import numpy as np
+import optax
 import pytest
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    pass
-
+from jax.sharding import PartitionSpec as P
 
 import florax
 
 
-def is_sketch(node):
-    return isinstance(node, florax.Sketch)
-
-
-def both(case, tx, state):
-    """Loss and gradients as they are born, and as JAX makes them, and the projections."""
-    def compute(params, state, *batch):
-        born = florax.value_and_grad(case.loss)(params, *batch, opt_state=state)
-        dense = jax.value_and_grad(case.loss)(params, *batch)
-        drawn = [None if leaf.rank is None else leaf.draw(state.key, state.gradient_step) for leaf in state.sketch.plan]
-        return born, dense, drawn
-    return jax.jit(compute)(case.params, state, *case.batch)
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """And the same products come out the same: what is not sketched is exactly JAX's."""
 
 
 @pytest.mark.parametrize("name", losses.CASES)
-def test_x(name):
+def test_sketches_are_the_compressed_gradients(name):
+    losses.check(losses.CASES[name]())
+
+
+SOME = (
+    "a_tied_weight",
+    "attention_kernels_of_three_axes",
+    "a_fused_weight_cut_in_columns_and_in_rows",
+    "a_scan_over_layers_of_experts",
+)
+
+
+@pytest.mark.parametrize("side", ["smaller", "larger"])
+@pytest.mark.parametrize("projection", ["gaussian", "cosine"])
+@pytest.mark.parametrize("name", SOME)
+def test_so_they_are_with_both_projections_on_both_sides(name, projection, side):
+    if (projection, side) == ("gaussian", "smaller"):
+        pytest.skip("the test above")
+    case = losses.CASES[name]()
+    losses.check(case, case.transformation(projection=projection, side=side))
+
+
+def test_a_dense_program_does_hold_gradients_of_full_size():
+    """What `check` asserts of every sketched program is no empty claim."""
+    for name, found in {
+        "a_plain_function": {"dot_general"},
+        "a_scan_over_layers": {"dot_general"},
+        "a_tied_weight": {"dot_general", "add_any"},
+        "layers_taken_by_number": {"dot_general", "pad", "add_any"},
+    }.items():
+        case = losses.CASES[name]()
+        plan = case.transformation().init(case.params).sketch.plan
+        jaxpr = jax.make_jaxpr(jax.grad(case.loss))(case.params, *case.batch).jaxpr
+        full = losses.gradients_of_full_size(
+            jaxpr, [leaf for leaf in plan if leaf.rank is not None]
+        )
+        assert found <= set(full)
+
+
+# --- arguments
+
+
+def two_products(params, x, head=None, *, scale=1.0, activation="tanh"):
+    w, other = params["up"], params["down"]
+    y = getattr(jnp, activation)(x @ w) @ (other if head is None else head)
+    return losses.size(scale * y)
+
+
+PARAMS = losses.matrices()
+X = losses.tokens()
+
+
+def accumulate(rank=losses.RANK, **arguments):
+    return florax.flora_accumulate(optax.sgd(0.1), 2, rank, **arguments)
+
+
+def shapes(gradients):
+    """Per leaf the shape of its sketch, in a tuple of one, or of its gradient."""
+    return jax.tree.map(
+        lambda g: (g.array.shape,) if losses.is_sketch(g) else g.shape,
+        gradients,
+        is_leaf=losses.is_sketch,
+    )
+
+
+SKETCHES = {"up": ((13, 4),), "down": ((13, 4),)}
+
+
+def test_argnums_may_be_a_tuple_and_count_from_the_end():
+    def loss(x, up, down):
+        return two_products({"up": up, "down": down}, x)
+
+    up, down = PARAMS["up"], PARAMS["down"]
+    state = accumulate().init((up, down))
+    born = jax.jit(
+        lambda argnums: florax.value_and_grad(loss, argnums)(X, up, down, opt_state=state),
+        static_argnums=0,
+    )
+    value, (of_up, of_down) = born((1, 2))
+    assert (shapes(of_up), shapes(of_down)) == (SKETCHES["up"], SKETCHES["down"])
+    chex.assert_trees_all_equal((value, (of_up, of_down)), born((-2, -1)), born((1, -1)))
+
+    alone = accumulate().init(down)
+    _, of_one = florax.value_and_grad(loss, argnums=-1)(X, up, down, opt_state=alone)
+    assert shapes(of_one) == SKETCHES["down"]
+    in_a_tuple = accumulate().init((down,))
+    _, (of_one,) = florax.value_and_grad(loss, argnums=(-1,))(X, up, down, opt_state=in_a_tuple)
+    assert shapes(of_one) == SKETCHES["down"]
+
+
+@pytest.mark.parametrize("argnums", [1, -2, (0, 1), 0.0, "0", True])
+def test_argnums_number_positional_arguments(argnums):
+    with pytest.raises(ValueError, match=f"argnums must number .* got {re.escape(repr(argnums))}"):
+        florax.value_and_grad(lambda w: jnp.sum(w), argnums)(X, opt_state=accumulate().init(X))
+
+
+def test_the_loss_may_take_keywords_and_what_is_no_array():
+    tx = accumulate()
+    state = tx.init(PARAMS)
+
+    @jax.jit
+    def step(scale):
+        return florax.value_and_grad(two_products)(
+            PARAMS, X, None, scale=scale, activation="sin", opt_state=state
+        )
+
+    value, grads = step(2.0)
+    assert shapes(grads) == SKETCHES
+    np.testing.assert_allclose(value, two_products(PARAMS, X, scale=2.0, activation="sin"), 1e-6)
+
+
+def test_aux_may_be_anything_and_hold_weights():
+    def loss(params, x):
+        y = x @ params["up"] @ params["down"]
+        aux = {"y": y, "up": params["up"], "cut": params["up"].T[:2], "none": None, "n": 3}
+        return losses.size(y), aux
+
+    tx = accumulate()
+    born = florax.value_and_grad(loss, has_aux=True)
+    (value, aux), grads = jax.jit(lambda p, s, x: born(p, x, opt_state=s))(
+        PARAMS, tx.init(PARAMS), X
+    )
+    expected, expected_aux = jax.jit(loss)(PARAMS, X)
+    assert shapes(grads) == SKETCHES
+    assert value == expected
+    chex.assert_trees_all_equal(aux, expected_aux)
+    report = florax.gradient_report(loss, tx, PARAMS, X, has_aux=True)
+    assert all(row.sketch for row in report.rows)
+
+
+def test_parameters_may_be_one_array_a_list_or_a_tree_with_holes():
+    state = accumulate().init(PARAMS["up"])
+    _, grad = florax.value_and_grad(lambda w: losses.size(X @ w))(PARAMS["up"], opt_state=state)
+    assert shapes(grad) == SKETCHES["up"]
+    params = [PARAMS["up"], None, (PARAMS["down"],), {}]
+    _, grads = florax.value_and_grad(lambda p: losses.size(X @ p[0] @ p[2][0]))(
+        params, opt_state=accumulate().init(params)
+    )
+    assert shapes(grads) == [SKETCHES["up"], None, (SKETCHES["down"],), {}]
+
+
+@pytest.mark.parametrize(
+    "loss, message",
+    [
+        (lambda w: X @ w, "must be a real scalar, got .*(5, 13)"),
+        (lambda w: jnp.sum(w).astype(jnp.int32), "must be a real scalar, got .*int32"),
+        (lambda w: jnp.sum(w) * 1j, "must be a real scalar, got .*complex64"),
+        (lambda w: (jnp.sum(w), 1), "must be a real scalar, got"),
+        (lambda w: None, "must be a real scalar, got None"),
+    ],
+)
+def test_the_loss_is_a_real_scalar(loss, message):
+    state = accumulate().init(PARAMS["up"])
+    with pytest.raises(TypeError, match=message):
+        florax.value_and_grad(loss)(PARAMS["up"], opt_state=state)
+
+
+def test_with_aux_the_loss_returns_a_pair():
+    state = accumulate().init(PARAMS["up"])
+    with pytest.raises(TypeError, match="has_aux=True the loss must return a pair"):
+        florax.value_and_grad(jnp.sum, has_aux=True)(PARAMS["up"], opt_state=state)
+
+
+# --- states
+
+
+WRAPPED = {
+    "accumulate": accumulate,
+    "momentum": lambda: florax.flora_momentum(losses.RANK),
+    "chain that begins with momentum": lambda: optax.chain(
+        florax.flora_momentum(losses.RANK), optax.sgd(0.1)
+    ),
+    "chain in a chain": lambda: optax.chain(optax.chain(accumulate())),
+    "masked": lambda: optax.masked(accumulate(), {"up": True, "down": True}),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(
+        lambda decay: florax.flora_momentum(losses.RANK, decay)
+    )(decay=0.9),
+    "partition": lambda: optax.partition(
+        {"a": accumulate(), "b": florax.flora_momentum(losses.RANK)}, {"up": "a", "down": "b"}
+    ),
+    "with_extra_args_support": lambda: optax.with_extra_args_support(accumulate()),
+}
+
+
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED.keys())
+def test_states_that_see_gradients_first_take_sketches_in_place_of_gradients(make):
+    tx = make()
+    state = tx.init(PARAMS)
+
+    @jax.jit
+    def steps(params, state, x):
+        def both(states, x):
+            born_state, dense_state = states
+            _, born = florax.value_and_grad(two_products)(params, x, opt_state=born_state)
+            assert shapes(born) == SKETCHES
+            dense = jax.grad(two_products)(params, x)
+            born, born_state = tx.update(born, born_state, params)
+            dense, dense_state = tx.update(dense, dense_state, params)
+            return (born_state, dense_state), (born, dense)
+
+        return jax.lax.scan(both, (state, state), x)
+
+    (born_state, dense_state), (born, dense) = steps(PARAMS, state, jnp.stack([X, X + 1, 2 * X]))
+    assert any(np.any(update) for update in jax.tree.leaves(dense))
+    chex.assert_trees_all_close(born, dense, **CLOSE)
+    chex.assert_trees_all_close(born_state, dense_state, **CLOSE)
+
+
+# Sums of at most 20 products of size 1.
+CLOSE = dict(rtol=1e-5, atol=3e-6)
+
+
+def test_only_what_a_mask_selects_is_sketched():
+    tx = optax.masked(accumulate(), {"up": True, "down": False})
+    state = tx.init(PARAMS)
+    _, grads = florax.value_and_grad(two_products)(PARAMS, X, opt_state=state)
+    assert shapes(grads) == {**SKETCHES, "down": (13, 11)}
+    reasons = {
+        row.path: row.reason for row in florax.gradient_report(two_products, tx, PARAMS, X).rows
+    }
+    assert reasons == {"['up']": "", "['down']": "not of the FLORA transformation"}
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adam(0.1),
+        optax.chain(optax.clip_by_global_norm(1.0), accumulate()),
+        optax.chain(optax.adafactor(0.1), florax.flora_momentum(losses.RANK)),
+        optax.apply_if_finite(accumulate(), 3),
+        optax.MultiSteps(florax.flora_momentum(losses.RANK), 2).gradient_transformation(),
+        optax.identity(),
+    ],
+    ids=["adam", "clipped", "after adafactor", "where finite", "MultiSteps", "identity"],
+)
+def test_a_state_that_does_not_see_gradients_first_is_refused(tx):
+    for call in (
+        lambda: florax.value_and_grad(two_products)(PARAMS, X, opt_state=tx.init(PARAMS)),
+        lambda: florax.gradient_report(two_products, tx, PARAMS, X),
+    ):
+        with pytest.raises(ValueError, match="no FLORA state that sees the gradients before"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"up": PARAMS["up"], "down": PARAMS["up"]},
+        {"up": PARAMS["up"], "head": PARAMS["down"]},
+        PARAMS["up"],
+    ],
+    ids=["shape", "name", "tree"],
+)
+def test_the_state_of_other_parameters_is_refused(other):
+    state = accumulate().init(other)
+    with pytest.raises(ValueError, match=r"opt_state was made for parameters with .* of shape"):
+        florax.value_and_grad(two_products)(PARAMS, X, opt_state=state)
+
+
+def test_integers_cannot_be_differentiated_by():
+    with pytest.raises(TypeError, match="dtype int32; only real floating-point"):
+        florax.value_and_grad(lambda w, n: jnp.sum(w), (0, 1))(
+            PARAMS["up"], 3, opt_state=accumulate().init((PARAMS["up"],))
+        )
+
+
+def sketches(tx=None):
+    tx = accumulate() if tx is None else tx
+    return florax.value_and_grad(two_products)(PARAMS, X, opt_state=tx.init(PARAMS))[1]
+
+
+def test_sketches_add_and_scale_as_gradients_do():
+    """The sum of the sketches is the sketch of the sum."""
+    state = accumulate().init(PARAMS)
+    born = jax.jit(lambda x: florax.value_and_grad(two_products)(PARAMS, x, opt_state=state)[1])
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, born(X), born(X + 1))
+
+    def both(params, x):
+        return (two_products(params, X) + two_products(params, X + 1)) / 2
+
+    of_mean = jax.jit(lambda: florax.value_and_grad(both)(PARAMS, X, opt_state=state)[1])()
+    chex.assert_trees_all_close(mean, of_mean, **CLOSE)
+
+
+MISUSES = {
+    "sum": jnp.sum,
+    "product": lambda g: jnp.ones((13, 11)) @ g,
+    "asarray": jnp.asarray,
+    "numpy": np.asarray,
+    "square": jnp.square,
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES.values(), ids=MISUSES.keys())
+def test_a_sketch_is_no_array_and_says_so(misuse):
+    with pytest.raises(TypeError, match=r"gradient of \['up'\] is a florax.Sketch, not an array"):
+        misuse(sketches()["up"])
+
+
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.sgd(0.1), optax.adafactor(0.1)])
+def test_no_other_optimizer_takes_a_sketch(tx):
+    def step():
+        updates, _ = tx.update(sketches(), tx.init(PARAMS), PARAMS)
+        return optax.apply_updates(PARAMS, updates)
+
+    with pytest.raises((TypeError, ValueError), match="Sketch"):
+        step()
+
+
+@pytest.mark.parametrize("other", [dict(rank=3), dict(side="larger"), dict(projection="cosine")])
+@pytest.mark.parametrize("call", ["update", "accumulate"])
+def test_the_sketch_of_another_transformation_is_refused(call, other):
+    tx = accumulate()
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=r"sketch of \['down'\] was made for another state"):
+        if call == "update":
+            tx.update(sketches(accumulate(**other)), state, PARAMS)
+        else:
+            florax.accumulate(sketches(accumulate(**other)), state)
+
+
+def test_residual_momentum_needs_full_gradients():
+    tx = florax.flora_momentum(losses.RANK, projection="cosine", residual=True)
+    with pytest.raises(ValueError, match=r"residual=True needs the full gradient of \['down'\]"):
+        tx.update(sketches(tx), tx.init(PARAMS), PARAMS)
+
+
+# --- around
+
+
+def sketch_of(dense, state):
+    """Of a tree of gradients: the trees of the sketches."""
+    drawn = losses.projections(state)
+    return [want.sketch for want in losses.compressed(dense, state, drawn)]
+
+
+def arrays(gradients):
+    return [gradient.array for gradient in losses.flat(gradients)]
+
+
+def test_it_may_be_mapped_over_batches():
+    state = accumulate().init(PARAMS)
+    x = losses.tokens(3)
+
+    @jax.jit
+    def born(x):
+        return jax.vmap(
+            lambda x: florax.value_and_grad(two_products)(PARAMS, x, opt_state=state)[1]
+        )(x)
+
+    dense = jax.jit(jax.vmap(jax.grad(two_products), (None, 0)))(PARAMS, x)
+    for i in range(3):
+        wanted = sketch_of(jax.tree.map(lambda g, i=i: g[i], dense), state)
+        got = [array[i] for array in arrays(born(x))]
+        chex.assert_trees_all_close(got, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["a_scan_over_layers", "experts_mapped_each_over_its_tokens"])
+def test_it_may_be_mapped_over_models(name):
     case = losses.CASES[name]()
     tx = case.transformation()
-    state = tx.init(case.params)._replace(gradient_step=jnp.int32(3))
-    (value, born), (expected, dense), drawn = both(case, tx, state)
-    assert value == expected
-    report = florax.gradient_report(case.loss, tx, case.params, *case.batch)
-    found = {row.path: row.reason for row in report.rows if row.sketch is None}
-    print(report)
-    for leaf, g, d, a in zip(state.sketch.plan, jax.tree.leaves(born, is_leaf=is_sketch), jax.tree.leaves(dense), drawn):
-        if leaf.rank is None: 
-            np.testing.assert_array_equal(g, d); continue
-        if leaf.path in case.dense:
-            assert not is_sketch(g)
-            print("exact", (g == d).all())
-            assert case.dense[leaf.path] in found[leaf.path]
+    several = jax.tree.map(lambda w: jnp.stack([w, w + 0.1]), case.params)
+    states = jax.vmap(tx.init)(several)
+
+    @jax.jit
+    def both(several, states):
+        def one(params, state):
+            _, born = florax.value_and_grad(case.loss)(params, *case.batch, opt_state=state)
+            return arrays(born), jax.grad(case.loss)(params, *case.batch)
+
+        return jax.vmap(one)(several, states)
+
+    born, dense = both(several, states)
+    for i in range(2):
+        of_one = jax.tree.map(lambda x, i=i: x[i], (born, dense, states))
+        chex.assert_trees_all_close(of_one[0], sketch_of(of_one[1], of_one[2]), **CLOSE)
+
+
+MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"])
+def test_devices_may_each_have_their_share_of_the_batch(name, check_vma):
+    """As with `jax.grad`: with `check_vma` gradients of what is replicated are summed."""
+    case = losses.CASES[name]()
+    tx = case.transformation()
+    state = tx.init(case.params)
+    x = losses.tokens(8, *case.batch[0].shape[:-2])
+
+    def local(grad):
+        def share(params, state, x):
+            grads = grad(params, state, x[0])
+            return grads if check_vma else jax.lax.psum(grads, "data")
+
+        specs = (P(), P(), P("data"))
+        return jax.jit(
+            jax.shard_map(share, mesh=MESH, in_specs=specs, out_specs=P(), check_vma=check_vma)
+        )
+
+    def born(params, state, x):
+        return florax.value_and_grad(case.loss)(params, x, opt_state=state)[1]
+
+    def dense(params, state, x):
+        return jax.grad(case.loss)(params, x)
+
+    got = local(born)(case.params, state, x)
+    wanted = local(dense)(case.params, state, x)
+    for gradient, want in zip(
+        losses.flat(got), losses.compressed(wanted, state, losses.projections(state)), strict=True
+    ):
+        if want.sketch is None:
+            np.testing.assert_allclose(gradient, want.gradient, **CLOSE)
         else:
-            assert is_sketch(g)
-            w = leaf.compress(d.astype(jnp.promote_types(d.dtype,jnp.float32)), a)
-            err = np.linalg.norm(g.array-w)/(np.linalg.norm(d.astype(float))*np.linalg.norm(a.reshape(-1,losses.RANK,leaf.columns and int(np.prod([leaf.shape[i] for i in leaf.columns]))),2,axis=(1,2)).max()+1e-30)
-            print("ERR", name, leaf.path, err/case.eps)
-            assert err < 50*case.eps
+            losses.assert_is_gradient(gradient, want, case.eps)
+
+
+def test_a_loss_on_several_devices_keeps_its_dense_gradients():
+    @jax.shard_map(mesh=MESH, in_specs=(P(), P("data")), out_specs=P())
+    def loss(params, x):
+        return jax.lax.pmean(losses.size(losses.block(x[0], params)), "data")
+
+    dense = dict.fromkeys(("['up']", "['down']"), "shard_map")
+    losses.check(losses.Case(loss, PARAMS, (losses.tokens(8),), dense))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
 Jaxpr = core.Jaxpr
@@ -45,6 +46,17 @@ def trace_flat(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequenc
         lambda *leaves: inlined(jaxpr, consts, *leaves), *jax.tree.leaves(args)
     )
     return flat, flat_consts, shapes
+
+
+def abstractly(function: Callable[..., None], *args: Any) -> None:
+    """Call `function` with abstract arrays in the place of the arrays, or shapes, in `args`."""
+    flat, treedef = jax.tree.flatten(args)
+    arrays = {i: x for i, x in enumerate(flat) if hasattr(x, "shape") and hasattr(x, "dtype")}
+
+    def call(arrays: dict[int, jax.Array]) -> None:
+        function(*jax.tree.unflatten(treedef, [arrays.get(i, x) for i, x in enumerate(flat)]))
+
+    jax.eval_shape(call, arrays)
 
 
 def read(env: dict[Any, Any], variables: Sequence[Any]) -> list[Any]:
@@ -85,6 +97,14 @@ def run_program(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any]) -> l
     """Run a whole program on the values of its operands."""
     function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))  # type: ignore[attr-defined]
     return list(function(*values))
+
+
+def has_gradient(equation: Equation) -> bool:
+    """Whether any of its results can pass a gradient on to its operands."""
+    if equation.primitive.name == "stop_gradient":
+        return False
+    dtypes = [getattr(var.aval, "dtype", jnp.int32) for var in equation.outvars]
+    return any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
 
 
 class Scan(NamedTuple):
@@ -147,6 +167,24 @@ def _forwarded_by_scan(equation: Equation) -> list[int | None]:
         stays = source == first + result if is_carry else source is not None and source >= last
         sources.append(source if stays else None)
     return sources
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The axes of a `shard_map` along which the devices have values of their own."""
+    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
+    return axes
+
+
+def varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, to be given values of its own wherever `like` has some."""
+    axes = varying(like) - varying(x)
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def summed_to(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` summed over the devices that have one value of `like` between them."""
+    axes = varying(x) - varying(like)
+    return jax.lax.psum(x, tuple(axes)) if axes else x  # type: ignore[no-untyped-call]
 
 
 def where(equation: Equation) -> str:

@@ -74,15 +74,12 @@ def layerwise_value_and_update(
         opt = opt.update.opt
 
     def init(params: optax.Params, *args: Any) -> _per_layer.PerLayerState:
-        stacks = _find(loss_fn, params, args).stacks
-        _check_leafwise(opt, params, stacks)
-        return _per_layer.init(opt, params, stacks)
+        return _per_layer.init(opt, params, _checked_stacks(loss_fn, opt, params, args))
 
     def step(
         params: optax.Params, state: _per_layer.PerLayerState, *args: Any
     ) -> tuple[jax.Array, optax.Params, _per_layer.PerLayerState]:
         program = _find(loss_fn, params, args)
-        _check_leafwise(opt, params, program.stacks)
         if state.stacks != program.stacks:
             raise ValueError(
                 f"The state was made for other stacks of layers, {state.stacks}, than the loss has "
@@ -102,9 +99,10 @@ def _accumulating(
     def layered(
         params: optax.Params, args: tuple[Any, ...]
     ) -> optax.GradientTransformationExtraArgs:
-        first = jax.tree.map(lambda x: x[0], args)
-        stacks = _find(loss_fn, params, first).stacks
-        _check_leafwise(opt, params, stacks)
+        def loss_of_first(params: optax.Params, *args: Any) -> Any:
+            return loss_fn(params, *jax.tree.map(lambda x: x[0], args))
+
+        stacks = _checked_stacks(loss_of_first, opt, params, args)
         base = optax.GradientTransformationExtraArgs(
             lambda params: _per_layer.init(opt, params, stacks), _per_layer.Update(opt)
         )
@@ -122,6 +120,20 @@ def _accumulating(
         return _steps.value_and_update(loss_fn, layered(params, args))(params, state, *args)
 
     return init, step
+
+
+def _checked_stacks(
+    loss_fn: Callable[..., Any],
+    opt: optax.GradientTransformationExtraArgs,
+    params: optax.Params,
+    args: tuple[Any, ...],
+) -> _per_layer.Stacks:
+    """The stacks of layers that the loss scans over, after checking that `opt` can be split."""
+    found: list[_per_layer.Stacks] = []
+    _jaxprs.abstractly(lambda p, *a: found.append(_find(loss_fn, p, a).stacks), params, *args)
+    (stacks,) = found
+    _check_leafwise(opt, params, stacks)
+    return stacks
 
 
 class _Program(NamedTuple):

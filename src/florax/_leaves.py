@@ -143,17 +143,10 @@ class Leaf:
         assert projection is not None
         return projection
 
-    def draw_matrix(
-        self, key: jax.Array, cycle: jax.typing.ArrayLike, words: jax.typing.ArrayLike | None = None
-    ) -> jax.Array:
-        """The projection of one matrix, shape `(rank, *columns)`, from the key of its stack index.
-
-        `words` stand for the path, `label_words(path)` if None.
-        """
+    def draw_matrix(self, key: jax.Array) -> jax.Array:
+        """The projection of one matrix, shape `(rank, *columns)`, from its key (`matrix_keys`)."""
         assert self.rank is not None
-        first, second = jnp.asarray(label_words(self.path) if words is None else words)
         columns = tuple(self.shape[axis] for axis in self.columns)
-        key = fold(key, cycle, first, second)
         drawn: jax.Array = _projection.draw(self.projection, key, self.rank, columns)
         return drawn
 
@@ -190,24 +183,44 @@ def draw(
     # whose layers are not stacked has hundreds of leaves. Without the barrier XLA fuses the draw
     # into every slice of it: minutes of compilation on a GPU where it now takes seconds.
     drawn: list[jax.Array | None] = [None] * len(leaves)
+    compressed = [i for members in groups.values() for i in members]
+    own_keys = matrix_keys(tuple(leaves[i] for i in compressed), key, cycle)
+    keys = dict(zip(compressed, own_keys, strict=True))
     for (_, rank, columns), members in groups.items():
-        keys = jnp.concatenate([stack_keys(key, leaves[i].stack_shape) for i in members])
-        words = np.concatenate(
-            [[label_words(leaves[i].path)] * leaves[i].matrices for i in members]
-        )
-
-        def one(
-            key: jax.Array, words: jax.typing.ArrayLike, like: Leaf = leaves[members[0]]
-        ) -> jax.Array:
-            return like.draw_matrix(key, cycle, words)
-
-        together = jax.lax.optimization_barrier(jax.vmap(one)(keys, jnp.asarray(words)))  # type: ignore[no-untyped-call]
+        stacked = jnp.concatenate([keys[i].reshape(-1, 2) for i in members])
+        drawn_matrices = jax.vmap(leaves[members[0]].draw_matrix)(stacked)
+        together = jax.lax.optimization_barrier(drawn_matrices)  # type: ignore[no-untyped-call]
         start = 0
         for i in members:
             stop = start + leaves[i].matrices
             drawn[i] = together[start:stop].reshape(*leaves[i].stack_shape, rank, *columns)
             start = stop
     return drawn
+
+
+def matrix_keys(
+    leaves: tuple[Leaf, ...], key: jax.Array, cycle: jax.typing.ArrayLike
+) -> list[jax.Array]:
+    """Per leaf the keys of its matrices in a cycle, shape `(*batch, 2)`, uint32.
+
+    The base key with the index in the stack, the cycle and the path folded in, in this order. So
+    layer i of a stack is a leaf of its own with the base key `fold(key, i)`.
+    """
+    if not leaves:
+        return []
+    stacks: dict[tuple[int, ...], jax.Array] = {}
+    for leaf in leaves:
+        if leaf.stack_shape not in stacks:
+            stacks[leaf.stack_shape] = _stack_keys(key, leaf.stack_shape)
+    keys = jnp.concatenate([stacks[leaf.stack_shape] for leaf in leaves])
+    words = np.concatenate([[label_words(leaf.path)] * leaf.matrices for leaf in leaves])
+    # All together: folding is a handful of tiny kernels, and a model has hundreds of matrices.
+    keys = jax.vmap(lambda key, words: fold(key, cycle, *words))(keys, jnp.asarray(words))
+    bounds = np.cumsum([leaf.matrices for leaf in leaves])[:-1]
+    return [
+        own.reshape(*leaf.stack_shape, 2)
+        for leaf, own in zip(leaves, jnp.split(keys, bounds), strict=True)
+    ]
 
 
 def check_settings(rank: Rank, side: Side, projection: _projection.Projection) -> None:
@@ -401,12 +414,8 @@ def fold(key: jax.Array, *data: jax.typing.ArrayLike) -> jax.Array:
     return jax.random.key_data(typed)
 
 
-def stack_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The keys of a stack of that shape, row by row, shape `(matrices, 2)`.
-
-    The index along every batch axis is folded in, the outermost first. So layer i of a stack is a
-    leaf of its own with the key `fold(key, i)`, wherever it is met: whole, in a scan, or by itself.
-    """
+def _stack_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The keys of a stack of that shape, row by row, shape `(matrices, 2)`."""
     keys = key[None]
     for size in shape:
         indices = jnp.arange(size, dtype=jnp.uint32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _accumulate, _momentum, _sketching
+from florax import _accumulate, _jaxprs, _momentum, _sketching
 
 
 class ReportRow(NamedTuple):
@@ -201,13 +201,9 @@ def gradient_report(
 
     Source: beyond the paper; see `value_and_grad`.
     """
-    flat, treedef = jax.tree.flatten(args)
-    arrays = {i: x for i, x in enumerate(flat) if hasattr(x, "shape") and hasattr(x, "dtype")}
     rows: list[GradientRow] = []
 
-    def probe(arrays: dict[int, jax.Array]) -> None:
-        leaves = [arrays.get(i, x) for i, x in enumerate(flat)]
-        traced = jax.tree.unflatten(treedef, leaves)
+    def probe(*traced: Any) -> None:
         program = _sketching.trace_loss(loss_fn, argnums, has_aux, traced, {})
         state = tx.init(jax.tree.unflatten(program.treedef, program.leaves))
         found = _sketching.born(state, program)
@@ -223,7 +219,7 @@ def gradient_report(
             sketch = found[i].leaf.stored_shape if sketched else None
             rows.append(GradientRow(path, jnp.shape(leaf), sketch, "" if sketched else reason))
 
-    jax.eval_shape(probe, arrays)
+    _jaxprs.abstractly(probe, *args)
     return GradientReport(tuple(rows))
 
 

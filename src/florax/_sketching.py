@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from florax import _accumulate, _checks, _jaxprs, _leaves, _momentum, _sketches, _views
 
@@ -25,29 +26,26 @@ class _Weight:
     """
 
     array: jax.Array
-    key: jax.Array  # with the batch indices taken so far folded in
-    positions: tuple[jax.Array, ...]  # the batch indices taken so far
+    source: _views.Source
     number: int = dataclasses.field(metadata={"static": True})  # of the leaf
     view: _views.View = dataclasses.field(metadata={"static": True})
 
-    def at(self, array: jax.Array, index: jax.typing.ArrayLike, axis: int) -> "_Weight":
-        """One position along a batch axis, of which `array` is the value."""
-        index = jnp.asarray(index, jnp.int32)
-        return dataclasses.replace(
-            self,
-            array=array,
-            key=_leaves.fold(self.key, index),
-            positions=(*self.positions, index),
-            view=self.view.index(axis),
-        )
+    def at(self, index: jax.Array, axis: int, array: jax.Array, keys: jax.Array) -> "_Weight":
+        """One position along a batch axis, of which `array` and `keys` are the values."""
+        source = _views.Source(keys, (*self.source.positions, index))
+        return dataclasses.replace(self, array=array, source=source, view=self.view.index(axis))
 
 
 class Born(NamedTuple):
-    """What the sketch of one leaf's gradient is made with."""
+    """What the sketch of one leaf's gradient is made with.
+
+    Attributes:
+      leaf: the leaf.
+      keys: of its matrices in the cycle, shape `(*batch, 2)`.
+    """
 
     leaf: _leaves.Leaf
-    key: jax.Array
-    cycle: jax.Array
+    keys: jax.Array
 
 
 @dataclasses.dataclass
@@ -60,7 +58,6 @@ class _Evaluator:
     """
 
     totals: dict[int, jax.Array]
-    cycles: dict[int, jax.Array]
     refused: dict[int, str]
 
     def run(self, jaxpr: _jaxprs.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
@@ -76,6 +73,9 @@ class _Evaluator:
     def equation(self, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
         reason = ""
         if any(isinstance(value, _Weight) for value in values):
+            if not _jaxprs.has_gradient(equation):
+                arrays = [value.array if isinstance(value, _Weight) else value for value in values]
+                return _jaxprs.run(equation, arrays)
             rule = _RULES.get(equation.primitive.name)
             if rule is not None:
                 try:
@@ -97,7 +97,7 @@ class _Evaluator:
         return {number: self.totals[number] for number in sorted(numbers)}
 
     def entered(self, totals: dict[int, jax.Array]) -> "_Evaluator":
-        return _Evaluator(dict(totals), self.cycles, self.refused)
+        return _Evaluator(dict(totals), self.refused)
 
 
 def _jit(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
@@ -162,7 +162,7 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
             for value, stays in zip(start, constant, strict=True)
         ]
         sliced = [
-            stack.at(part, index, 0) if isinstance(stack, _Weight) else part
+            stack.at(index, 0, *part) if isinstance(stack, _Weight) else part
             for stack, part in zip(stacks, slices, strict=True)
         ]
         results = inner.run(parts.body, parts.body_consts, *parts.consts, *carried, *sliced)
@@ -176,7 +176,10 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
         reason = f"{where}, which returns it"
         return (inner.plain(new, reason), inner.totals), inner.plain(collected, reason)
 
-    xs = [stack.array if isinstance(stack, _Weight) else stack for stack in stacks]
+    xs = [
+        (stack.array, stack.source.keys) if isinstance(stack, _Weight) else stack
+        for stack in stacks
+    ]
     (moved, totals), collected = jax.lax.scan(
         body,
         (moving, ev.inside([*parts.consts, *start, *stacks])),
@@ -231,11 +234,28 @@ def _dot_general(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) 
     )
     operands = [value.array if value is weight else value for value in values]
     (output,) = _jaxprs.run(equation, operands)
-    source = (weight.key, ev.cycles[weight.number], weight.positions)
-    output, ev.totals[weight.number] = _views.record(
-        product, output, other, ev.totals[weight.number], source
-    )
-    return [output]
+    return [_record(ev, weight, product, output, other)]
+
+
+def _gather(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
+    weight, indices = values
+    if not isinstance(weight, _Weight) or isinstance(indices, _Weight):
+        raise _views.Opaque("indexes by it")
+    lookup = _views.Lookup.of(weight.view, indices.ndim, equation.params)
+    (output,) = _jaxprs.run(equation, [weight.array, indices])
+    return [_record(ev, weight, lookup, output, indices)]
+
+
+def _record(
+    ev: _Evaluator,
+    weight: _Weight,
+    use: _views.Product | _views.Lookup,
+    output: jax.Array,
+    other: jax.Array,
+) -> jax.Array:
+    total = ev.totals[weight.number]
+    output, ev.totals[weight.number] = _views.record(use, output, other, total, weight.source)
+    return output
 
 
 def _unchanged(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
@@ -325,7 +345,8 @@ def _block(
     whole = [size == n for size, n in zip(array.shape, view.shape, strict=True)]
     if axis is not None and not whole[axis] and array.shape[axis] == 1:
         # As JAX does, out of range is the nearest: the key must be that of the layer that is read.
-        taken = weight.at(array, jnp.clip(starts[axis], 0, view.shape[axis] - 1), axis)
+        index = jnp.clip(jnp.asarray(starts[axis], jnp.int32), 0, view.shape[axis] - 1)
+        taken = weight.at(index, axis, array, weight.source.keys[index])
         # The axis stays, with size 1, and is no batch axis any more.
         without = [n for i, n in enumerate(view.shape) if i != axis]
         rest = [i for i in range(len(view.shape)) if i != axis]
@@ -350,6 +371,7 @@ _RULES: dict[str, Rule] = {
     "scan": _scan,
     "cond": _cond,
     "dot_general": _dot_general,
+    "gather": _gather,
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
@@ -423,7 +445,7 @@ def born(opt_state: Any, program: Program) -> dict[int, Born]:
             "jax.value_and_grad."
         )
     for state in states:
-        cycle = state.gradient_step if _accumulates(state) else state.cycle
+        own: dict[int, _leaves.Leaf] = {}
         for leaf in state.sketch.plan:
             number = numbers.get(leaf.path.removesuffix(".value"))
             if number is None or jnp.shape(program.leaves[number]) != leaf.shape:
@@ -433,8 +455,17 @@ def born(opt_state: Any, program: Program) -> dict[int, Born]:
                     "these parameters, or their argnums."
                 )
             if leaf.rank is not None:
-                found[number] = Born(leaf, state.key, cycle)
+                own[number] = leaf
+        cycle = state.gradient_step if _accumulates(state) else state.cycle
+        found |= with_keys(own, state.key, cycle)
     return found
+
+
+def with_keys(leaves: dict[int, _leaves.Leaf], key: jax.Array, cycle: jax.Array) -> dict[int, Born]:
+    """By number of the leaf, what its sketch is made with in a cycle."""
+    keys = _leaves.matrix_keys(tuple(leaves.values()), key, cycle)
+    pairs = zip(leaves.items(), keys, strict=True)
+    return {number: Born(leaf, own) for (number, leaf), own in pairs}
 
 
 def first_states(opt_state: Any) -> list[Any]:
@@ -443,13 +474,20 @@ def first_states(opt_state: Any) -> list[Any]:
         return [opt_state]
     if type(opt_state) is tuple and opt_state:  # the state of a chain
         return first_states(opt_state[0])
-    inner = getattr(opt_state, "inner_state", None)
-    if inner is not None:
-        return first_states(inner)
-    several = getattr(opt_state, "inner_states", None)
-    if isinstance(several, dict):
-        return [state for inner in several.values() for state in first_states(inner)]
+    # Wrappers that hand on what they are given, and need not know what it is.
+    if isinstance(opt_state, _HAND_ON):
+        return first_states(opt_state.inner_state)
+    if isinstance(opt_state, optax.transforms.PartitionState):
+        inner_states = opt_state.inner_states.values()
+        return [state for inner in inner_states for state in first_states(inner)]
     return []
+
+
+_HAND_ON = (
+    optax.MaskedState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+)
 
 
 def _accumulates(state: Any) -> bool:
@@ -473,7 +511,9 @@ def differentiate(
         (value, *aux), carriers, _ = _evaluate(program, sketched, carriers, dense)
         return (value, carriers), aux
 
-    carriers = {number: jnp.zeros_like(seed) for number, seed in seeds.items()}
+    carriers = {
+        number: _jaxprs.varying_as(jnp.zeros_like(seed), seed) for number, seed in seeds.items()
+    }
     (value, _), pull, aux = jax.vjp(loss, carriers, dense, has_aux=True)
     sketches, grads = pull((jnp.ones_like(value), seeds))
     result = jax.tree.unflatten(jax.tree.structure(program.result), [value, *aux])
@@ -499,14 +539,14 @@ def _evaluate(
     dense: dict[int, jax.Array],
 ) -> tuple[list[Any], dict[int, jax.Array], dict[int, str]]:
     """Results of the loss, the carriers after their last use, and the refusals."""
-    cycles = {number: how.cycle for number, how in sketched.items()}
-    evaluator = _Evaluator(dict(carriers), cycles, {})
+    evaluator = _Evaluator(dict(carriers), {})
     params: list[Any] = []
     for number, leaf in enumerate(program.leaves):
         if number in sketched:
             how = sketched[number]
             view = _views.View.of(how.leaf)
-            params.append(_Weight(jnp.asarray(leaf), how.key, (), number, view))
+            source = _views.Source(how.keys, ())
+            params.append(_Weight(jnp.asarray(leaf), source, number, view))
         else:
             params.append(dense[number])
     value, *aux = evaluator.run(program.jaxpr, program.consts, *params)
@@ -571,7 +611,7 @@ def value_and_grad(
     def value_and_grad_fn(*args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
         program = trace_loss(loss_fn, argnums, has_aux, args, kwargs)
         found = born(opt_state, program)
-        totals = {number: _zeros(how.leaf) for number, how in found.items()}
+        totals = {i: _zeros(how.leaf, program.leaves[i]) for i, how in found.items()}
         value, sketches, dense = differentiate(program, found, totals)
         grads = [
             _sketches.Sketch(sketches[i], found[i].leaf) if i in sketches else dense[i]
@@ -582,5 +622,6 @@ def value_and_grad(
     return value_and_grad_fn
 
 
-def _zeros(leaf: _leaves.Leaf) -> jax.Array:
-    return jnp.zeros(leaf.stored_shape, jnp.promote_types(leaf.dtype, jnp.float32))
+def _zeros(leaf: _leaves.Leaf, param: jax.typing.ArrayLike) -> jax.Array:
+    zeros = jnp.zeros(leaf.stored_shape, jnp.promote_types(leaf.dtype, jnp.float32))
+    return _jaxprs.varying_as(zeros, jnp.asarray(param))

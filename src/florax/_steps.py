@@ -104,7 +104,8 @@ def _sum_in_place(
     """The same, with the backward pass itself adding to the sums of the state."""
     leaves, key, cycle = state.sketch.plan, state.key, state.gradient_step
     _sketches.match(params, leaves)
-    found = {i: _sketching.Born(leaf, key, cycle) for i, leaf in enumerate(leaves)}
+    # The keys once for all micro-batches. Dense leaves too: their gradients are summed in place.
+    found = _sketching.with_keys(dict(enumerate(leaves)), key, cycle)
 
     def micro_step(sums: list[jax.Array], batch: tuple[Any, ...]) -> tuple[list[jax.Array], Any]:
         program = _sketching.trace_loss(loss_fn, 0, has_aux, (params, *batch), {})

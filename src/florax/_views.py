@@ -13,12 +13,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from florax import _leaves
+from florax import _jaxprs, _leaves, _projection
 
 
 class Opaque(Exception):
@@ -197,14 +197,15 @@ class View:
             view, sketch_axes=tuple(sketch_axes), column_axes=tuple(column_axes)
         )
 
-    def draw(self, key: jax.Array, cycle: jax.Array) -> jax.Array:
-        """The projections as the view sees them, `(*batch, rank, *column_shape)`, float32."""
-        stack = tuple(self.shape[axis] for axis in self.batch)
-        keys = _leaves.stack_keys(key, stack)
-        if stack:
-            drawn = jax.vmap(lambda key: self.leaf.draw_matrix(key, cycle))(keys)
-        else:
-            drawn = self.leaf.draw_matrix(keys[0], cycle)
+    def draw(self, keys: jax.Array) -> jax.Array:
+        """The projections as the view sees them, `(*batch, rank, *column_shape)`, float32.
+
+        `keys` are those of the matrices in view, shape `(*batch, 2)`.
+        """
+        draw = self.leaf.draw_matrix
+        for _ in self.batch:
+            draw = jax.vmap(draw)
+        drawn = draw(keys)
         lead = drawn.shape[: drawn.ndim - len(self.leaf.columns)]
         for step in self.column_steps:
             if step.kind == "reshape":
@@ -212,7 +213,7 @@ class View:
             else:
                 first, last = step.axes
                 drawn = jax.lax.slice(drawn, (0,) * len(lead) + first, lead + last)
-        return drawn.reshape(*stack, *drawn.shape[-1 - len(self.column_shape) :])
+        return drawn
 
     def add(self, total: jax.Array, sketch: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
         """Add a sketch of the view's part to the whole; `positions` are the indices taken."""
@@ -315,9 +316,14 @@ class Product:
             return self.other, self.output
         raise Opaque("contracts a part of the projected side")
 
-    def sketch(
-        self, d_output: jax.Array, other: jax.Array, key: jax.Array, cycle: jax.Array
+    def add(
+        self, total: jax.Array, d_output: jax.Array, other: jax.Array, source: "Source"
     ) -> jax.Array:
+        """Add the sketch of this use to the total."""
+        sketch = self.sketch(d_output, other, source.keys)
+        return self.view.add(total, _jaxprs.summed_to(sketch, total), source.positions)
+
+    def sketch(self, d_output: jax.Array, other: jax.Array, keys: jax.Array) -> jax.Array:
         """The sketch of the weight's gradient, its axes as in the view's part of the sketch."""
         einsum = functools.partial(jnp.einsum, precision=self.precision)
         named = {axis: self.weight[i] for i, axis in enumerate(self.view.sketch_axes)}
@@ -329,7 +335,7 @@ class Product:
             )
         projected, third = self._projected()
         near, far = (d_output, other) if projected is self.output else (other, d_output)
-        a = self.view.draw(key, cycle)
+        a = self.view.draw(keys)
         named = {axis: self.weight[i] for i, axis in enumerate(self.view.column_axes)}
         columns = "".join(named[axis] for axis in sorted(c for c in named if c is not None))
         a = a.reshape(
@@ -357,37 +363,103 @@ class Product:
 _RANK = "Z"  # the letter of the sketch's last axis
 
 
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A gather of whole rows of a view, as in an embedding; static.
+
+    Attributes:
+      view: of the weight, whose first axis is indexed.
+      mode: what becomes of indices out of range.
+    """
+
+    view: View
+    mode: Any
+
+    @classmethod
+    def of(cls, view: View, indices_ndim: int, params: dict[str, Any]) -> "Lookup":
+        """Raise `Opaque` unless single rows are taken, their entries the last axes."""
+        numbers, sizes = params["dimension_numbers"], tuple(params["slice_sizes"])
+        ndim, indices_ndim = len(view.shape), indices_ndim - 1
+        whole_rows = (
+            sizes == (1, *view.shape[1:])
+            and tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
+            and tuple(numbers.offset_dims) == tuple(range(indices_ndim, indices_ndim + ndim - 1))
+            and not numbers.operand_batching_dims
+        )
+        kept = [axis for axis in view.sketch_axes if axis is not None]
+        columns = [axis for axis in view.column_axes if axis is not None]
+        in_order = kept == list(range(len(kept))) and columns == list(range(len(columns)))
+        plain = in_order and not view.sketch_steps and not view.batch
+        if not whole_rows or not plain or view.sketch_axes[0] is None:
+            raise Opaque("takes something other than rows")
+        return cls(view, params["mode"])
+
+    def add(
+        self, total: jax.Array, d_output: jax.Array, other: jax.Array, source: "Source"
+    ) -> jax.Array:
+        """Add the sketches of the rows that were taken to the total, row by row."""
+        view, lead = self.view, other.ndim - 1
+        rows = d_output.astype(total.dtype)
+        if view.leaf.rank is not None:
+            axes = [i for i, axis in enumerate(view.column_axes) if axis is not None]
+            columns = tuple(axis + lead - 1 for axis in axes)
+            a = view.draw(source.keys)
+            rows = _projection.compress(d_output, a, columns).astype(total.dtype)
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(lead, rows.ndim)),
+            inserted_window_dims=(0,),
+            scatter_dims_to_operand_dims=(0,),
+        )
+        if not _jaxprs.varying(rows) - _jaxprs.varying(total):
+            return jax.lax.scatter_add(total, other, rows, numbers, mode=self.mode)
+        # Every device of a shard_map has rows of its own.
+        own = _jaxprs.varying_as(jnp.zeros_like(total), rows)
+        own = jax.lax.scatter_add(own, other, rows, numbers, mode=self.mode)
+        return total + _jaxprs.summed_to(own, total)
+
+
+class Source(NamedTuple):
+    """What the sketch of a view is made with.
+
+    Attributes:
+      keys: of the matrices in view, shape `(*batch, 2)`.
+      positions: the batch indices that led to the view.
+    """
+
+    keys: jax.Array
+    positions: tuple[jax.Array, ...]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def record(
-    product: Product,
+    use: Product | Lookup,
     output: jax.Array,
     other: jax.Array,
     total: jax.Array,
-    source: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]],
+    source: Source,
 ) -> tuple[jax.Array, jax.Array]:
-    """Let the sketch of a product's weight be added to the cotangent of `total`.
+    """Let the sketch of the weight in `output` be added to the cotangent of `total`.
 
     Returns `output` and `total` unchanged: `total` only carries the sum of the sketches backward
     through the program, from use to use, as a loop carries an accumulator, and that is what makes
-    it one buffer, updated in place. `source` is the key, the cycle, and the indices taken.
+    it one buffer, updated in place. `other` is the other operand: of the product, or the indices.
     """
-    del product, other, source
+    del use, other, source
     return output, total
 
 
 def _record_forward(
-    product: Product, output: jax.Array, other: jax.Array, total: jax.Array, source: Any
+    use: Product | Lookup, output: jax.Array, other: jax.Array, total: jax.Array, source: Source
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     return (output, total), (other, source)
 
 
 def _record_backward(
-    product: Product, residuals: Any, cotangents: tuple[jax.Array, jax.Array]
+    use: Product | Lookup, residuals: Any, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
-    other, (key, cycle, positions) = residuals
+    other, source = residuals
     d_output, d_total = cotangents
-    sketch = product.sketch(d_output, other, key, cycle)
-    return d_output, None, product.view.add(d_total, sketch, positions), None
+    return d_output, None, use.add(d_total, d_output, other, source), None
 
 
 record.defvjp(_record_forward, _record_backward)

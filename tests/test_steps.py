@@ -1,0 +1,277 @@
+"""A whole accumulating step in one jit does what the loop of gradients and updates does."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import losses
+import numpy as np
+import optax
+import pytest
+
+import florax
+
+# Sums of at most 60 products of size 1, twice.
+CLOSE = dict(rtol=2e-5, atol=5e-6)
+MICRO_BATCHES = 4
+
+PARAMS = {
+    "blocks": losses.stacks(losses.LAYERS),
+    "embed": losses.normal(17, losses.WIDTH),
+    "head": losses.normal(losses.WIDTH, 17),
+    "scale": losses.normal(losses.WIDTH),
+}
+BATCHES = (
+    losses.tokens(MICRO_BATCHES),
+    jnp.arange(MICRO_BATCHES * losses.TOKENS).reshape(MICRO_BATCHES, -1) % 17,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """These tests are about values, not about speed."""
+
+
+def loss_fn(params, x, words):
+    """With a scanned stack, an embedding, which stays dense, and a head."""
+    x = x + params["embed"][words]
+    layer = jax.checkpoint(lambda x, w: (losses.block(x, w), None))
+    x, _ = jax.lax.scan(layer, x, params["blocks"])
+    return losses.size(x * params["scale"] @ params["head"])
+
+
+def is_stack(path, leaf):
+    return leaf.ndim == 3
+
+
+def rank(path, leaf):
+    return None if "embed" in jax.tree_util.keystr(path) else losses.RANK
+
+
+def dimension_numbers(path, leaf):
+    return losses.STACK if leaf.ndim == 3 else None
+
+
+def accumulate(opt, every_k_schedule=MICRO_BATCHES, **arguments):
+    arguments = {"dimension_numbers": dimension_numbers, **arguments}
+    return florax.flora_accumulate(opt, every_k_schedule, rank, **arguments)
+
+
+def step(tx, **arguments):
+    return jax.jit(florax.value_and_update(loss_fn, tx, **arguments))
+
+
+def loop(tx):
+    """Gradients of full size, one call of `tx.update` for each."""
+
+    def micro_step(carry, batch):
+        params, state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    @jax.jit
+    def run(params, state, *batches):
+        (params, state), results = jax.lax.scan(micro_step, (params, state), batches)
+        return jnp.mean(results), params, state
+
+    return run
+
+
+# With a small eps Adam's update is a sign, which the last bit may turn.
+ADAM = optax.adam(0.1, eps=0.1)
+BASES = {
+    "sgd": optax.sgd(0.1),
+    "adam": ADAM,
+    "adafactor": optax.adafactor(0.1),
+    "flora": florax.flora(0.1, rank, dimension_numbers=dimension_numbers),
+    "per layer: adam": florax.per_layer(ADAM, is_stack),
+    "per layer: adafactor": florax.per_layer(optax.adafactor(0.1), is_stack),
+    "per layer: flora": florax.per_layer(
+        florax.flora(0.1, lambda path, leaf: losses.RANK if leaf.ndim == 2 else None), is_stack
+    ),
+    "clipped by all of it": optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0)),
+}
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
+def test_a_step_is_the_loop_of_full_gradients_and_updates(base):
+    tx = accumulate(base)
+    by_step, by_loop = step(tx), loop(tx)
+    params, state = PARAMS, tx.init(PARAMS)
+    for updates in (1, 2):
+        got, expected = (run(params, state, *BATCHES) for run in (by_step, by_loop))
+        chex.assert_trees_all_close(got, expected, **CLOSE)
+        chex.assert_trees_all_equal_dtypes(got, expected)
+        _, params, state = got
+        assert florax.has_updated(state)
+        assert int(state.gradient_step) == updates
+
+
+def test_a_step_may_begin_with_what_was_accumulated_before():
+    tx = accumulate(ADAM, MICRO_BATCHES + 1)
+    before = jax.tree.map(lambda x: x[0] + jnp.ones_like(x[0]), BATCHES)
+    grads = jax.jit(jax.grad(loss_fn))(PARAMS, *before)
+    state = florax.accumulate(grads, tx.init(PARAMS))
+    got = step(tx)(PARAMS, state, *BATCHES)
+    chex.assert_trees_all_close(got, loop(tx)(PARAMS, state, *BATCHES), **CLOSE)
+    assert int(got[2].gradient_step) == 1
+
+
+def test_gradients_may_be_summed():
+    tx = accumulate(optax.sgd(0.1), use_grad_mean=False)
+    state = tx.init(PARAMS)
+    got = step(tx)(PARAMS, state, *BATCHES)
+    chex.assert_trees_all_close(got, loop(tx)(PARAMS, state, *BATCHES), **CLOSE)
+
+
+def test_skipped_micro_batches_are_as_if_they_had_never_been():
+    tx = accumulate(optax.sgd(0.1), should_skip_update_fn=optax.skip_not_finite)
+    state = tx.init(PARAMS)
+    x, words = BATCHES
+    _, params, after = step(tx)(PARAMS, state, x.at[1].set(jnp.nan), words)
+    others = (x[jnp.array([0, 2, 3])], words[jnp.array([0, 2, 3])])
+    _, expected, expected_after = step(tx)(PARAMS, state, *others)
+    chex.assert_trees_all_close((params, after), (expected, expected_after), **CLOSE)
+    of_three = loop(accumulate(optax.sgd(0.1), 3, should_skip_update_fn=optax.skip_not_finite))
+    chex.assert_trees_all_close(params, of_three(PARAMS, state, *others)[1], **CLOSE)
+
+
+def test_a_bfloat16_accumulator_is_rounded_at_every_micro_batch():
+    """Every rounding, and each of the two ways has four, is to one of two neighbours, 2⁻⁷ apart."""
+    tx = accumulate(optax.sgd(1.0), accumulator_dtype=jnp.bfloat16)
+    state = tx.init(PARAMS)
+    _, got, after = step(tx)(PARAMS, state, *BATCHES)
+    assert {x.dtype for x in after.sketch.leaves()} == {jnp.dtype(jnp.bfloat16)}
+    exact = accumulate(optax.sgd(1.0))
+    _, expected, _ = loop(exact)(PARAMS, exact.init(PARAMS), *BATCHES)
+    moved = jax.tree.map(lambda new, old: np.asarray(new - old), (got, expected), (PARAMS, PARAMS))
+    for update, want in zip(*map(jax.tree.leaves, moved), strict=True):
+        error = np.linalg.norm(update - want) / np.linalg.norm(want)
+        assert 1e-5 < error < MICRO_BATCHES * 2.0**-7
+
+
+def test_aux_comes_stacked():
+    def with_aux(params, x, words):
+        loss = loss_fn(params, x, words)
+        return loss, {"loss": loss, "words": words, "head": params["head"][0]}
+
+    tx = accumulate(optax.sgd(0.1))
+    run = jax.jit(florax.value_and_update(with_aux, tx, has_aux=True))
+    (loss, aux), params, state = run(PARAMS, tx.init(PARAMS), *BATCHES)
+    expected, *rest = step(tx)(PARAMS, tx.init(PARAMS), *BATCHES)
+    chex.assert_trees_all_close((loss, params, state), (expected, *rest), **CLOSE)
+    np.testing.assert_allclose(np.mean(aux["loss"]), loss, rtol=1e-6)
+    np.testing.assert_array_equal(aux["words"], BATCHES[1])
+    assert aux["head"].shape == (MICRO_BATCHES, 17)
+
+
+def test_a_step_holds_no_gradient_of_full_size():
+    """The accumulation; `finish` makes the mean gradients, one at a time."""
+    tx = accumulate(optax.sgd(0.1))
+    state = tx.init(PARAMS)
+
+    def accumulated(grad):
+        def run(params, state, *batches):
+            def micro_step(state, batch):
+                return florax.accumulate(grad(params, state, batch), state), None
+
+            return jax.lax.scan(micro_step, state, batches)
+
+        return jax.make_jaxpr(run)(PARAMS, state, *BATCHES).jaxpr
+
+    def born(params, state, batch):
+        return florax.value_and_grad(loss_fn)(params, *batch, opt_state=state)[1]
+
+    def dense(params, state, batch):
+        return jax.grad(loss_fn)(params, *batch)
+
+    leaves = [leaf for leaf in state.sketch.plan if leaf.rank is not None]
+    dense_sizes = {leaf.shape for leaf in state.sketch.plan if leaf.rank is None}
+    compressed = [leaf for leaf in leaves if leaf.shape[::-1] not in dense_sizes]
+    assert {leaf.path for leaf in compressed} == {"['blocks']['up']", "['blocks']['down']"}
+    assert losses.gradients_of_full_size(accumulated(dense), compressed)
+    assert not losses.gradients_of_full_size(accumulated(born), compressed)
+    whole = jax.make_jaxpr(florax.value_and_update(loss_fn, tx))(PARAMS, state, *BATCHES)
+    scan = next(e for e in losses.equations(whole.jaxpr) if e.primitive.name == "scan")
+    assert scan.params["length"] == MICRO_BATCHES
+    assert not losses.gradients_of_full_size(scan.params["jaxpr"].jaxpr, compressed)
+
+
+def test_a_step_is_compiled_once():
+    traces = 0
+
+    def counted(params, *batch):
+        nonlocal traces
+        traces += 1
+        return loss_fn(params, *batch)
+
+    tx = accumulate(optax.sgd(0.1))
+    run = jax.jit(florax.value_and_update(counted, tx))
+    _, params, state = run(PARAMS, tx.init(PARAMS), *BATCHES)
+    before = traces
+    run(params, state, *BATCHES)
+    assert traces == before
+
+
+# --- what it is given
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.sgd(0.1), florax.flora_momentum(2), optax.chain(accumulate(optax.sgd(0.1)))]
+)
+def test_only_an_accumulation_makes_steps(tx):
+    with pytest.raises(TypeError, match="value_and_update takes what flora_accumulate returned"):
+        florax.value_and_update(loss_fn, tx)
+
+
+def test_a_step_takes_the_state_of_its_transformation():
+    tx = accumulate(optax.sgd(0.1))
+    run = florax.value_and_update(loss_fn, tx)
+    with pytest.raises(TypeError, match="value_and_update takes the state of flora_accumulate"):
+        run(PARAMS, optax.EmptyState(), *BATCHES)
+    with pytest.raises(ValueError, match="do not match the parameters"):
+        run({"embed": PARAMS["embed"]}, tx.init(PARAMS), *BATCHES)
+
+
+def test_a_step_needs_micro_batches():
+    tx = accumulate(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="needs micro-batches to scan over, got none"):
+        florax.value_and_update(loss_fn, tx)(PARAMS, tx.init(PARAMS))
+
+
+# --- optax.microbatch
+
+
+@pytest.mark.parametrize("sketched", [False, True], ids=["dense", "sketched"])
+def test_optax_microbatch_accumulates_as_the_loop_does(sketched):
+    tx = accumulate(optax.sgd(0.1))
+    together = tuple(x.reshape(-1, *x.shape[2:]) for x in BATCHES)
+
+    def grads(params, state, *batch):
+        if sketched:
+            return florax.value_and_grad(loss_fn)(params, *batch, opt_state=state)[1]
+        return jax.grad(loss_fn)(params, *batch)
+
+    @jax.jit
+    def run(params, state, *batch):
+        accumulator = florax.microbatch_accumulator(state)
+        micro = optax.microbatch(
+            functools.partial(grads, params, state), (0, 1), losses.TOKENS, accumulator
+        )
+        return florax.finish(tx, params, micro(*batch))
+
+    got = run(PARAMS, tx.init(PARAMS), *together)
+    chex.assert_trees_all_close(got, loop(tx)(PARAMS, tx.init(PARAMS), *BATCHES)[1:], **CLOSE)
+
+
+def test_an_accumulator_is_made_of_the_state_of_an_accumulation():
+    with pytest.raises(TypeError, match="microbatch_accumulator takes the state of flora_accumul"):
+        florax.microbatch_accumulator(optax.adam(0.1).init(PARAMS))
+
+
+def test_an_accumulator_does_not_add_what_was_mapped():
+    accumulator = florax.microbatch_accumulator(accumulate(optax.sgd(0.1)).init(PARAMS))
+    with pytest.raises(TypeError, match=r"use optax.microbatch, not optax.*micro_vmap"):
+        accumulator.aggregate(PARAMS)
