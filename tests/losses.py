@@ -608,8 +608,11 @@ def flat(gradients: Any) -> list[Any]:
     return jax.tree.leaves(gradients, is_leaf=is_sketch)
 
 
-def check(case: Case, tx: Any = None) -> None:
-    """Sketches are the compressed gradients, dense gradients are JAX's, the report names them."""
+def check(case: Case, tx: Any = None, exact: bool = True) -> None:
+    """Sketches are the compressed gradients, dense gradients are JAX's, the report names them.
+
+    `exact`: what is not sketched is computed by the same operations in the same order.
+    """
     tx = case.transformation() if tx is None else tx
     state = tx.init(case.params)._replace(gradient_step=jnp.int32(3))
 
@@ -624,7 +627,7 @@ def check(case: Case, tx: Any = None) -> None:
 
     arguments = (case.params, state, projections(state), *case.batch)
     (value, gradients), (expected, wanted) = both(*arguments)
-    assert value == expected
+    assert value == expected or (not exact and np.isclose(value, expected, 8 * case.eps))
     rows = florax.gradient_report(case.loss, tx, case.params, *case.batch).rows
     reasons = {row.path: row.reason for row in rows if row.sketch is None}
     for leaf, gradient, want in zip(state.sketch.plan, flat(gradients), wanted, strict=True):
@@ -633,14 +636,14 @@ def check(case: Case, tx: Any = None) -> None:
         if leaf.rank is not None:
             assert is_sketch(gradient) == (path not in case.dense), reason
         assert case.dense.get(path, "") in (reason or "")
-        assert_is_gradient(gradient, want, case.eps)
-    sketched = [leaf for leaf in state.sketch.plan if leaf.path not in reasons]
+        assert_is_gradient(gradient, want, case.eps, exact)
+    dense = {s for leaf in state.sketch.plan if leaf.path in reasons for s in sizes_of(leaf)}
+    sketched = [leaf for leaf in state.sketch.plan if not dense & sizes_of(leaf)]
     program = inner(both.trace(*arguments).jaxpr, "born")
     found = set(gradients_of_full_size(program, sketched))
-    # jax 0.10 hands a weight that the backward pass of a branch needs from branch to backward pass,
-    # and zeros from the other branches, in the dense program too.
-    has_branches = any(equation.primitive.name == "cond" for equation in equations(program))
-    if jax.__version_info__ < (0, 11) and has_branches:
+    # What the backward pass of a branch needs, be it a form of a weight, is handed on from branch to
+    # branch, with zeros in its place in the others: so it is in the dense program, too.
+    if any(equation.primitive.name == "cond" for equation in equations(program)):
         found -= {"broadcast_in_dim"}
     assert not found
 
@@ -674,7 +677,7 @@ def compressed(dense: Any, state: Any, drawn: list[jax.Array | None]) -> list[Wa
         wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
         length = jnp.linalg.norm(wide.reshape(-1))
         if a is None:
-            wanted.append(Wanted(gradient, None, length, 0))
+            wanted.append(Wanted(gradient, None, length, TOKENS))
             continue
         matrices = a.reshape(*leaf.stack_shape, leaf.rank, -1)
         longest = jnp.max(jnp.linalg.norm(matrices, axis=(-2, -1)))
@@ -683,13 +686,16 @@ def compressed(dense: Any, state: Any, drawn: list[jax.Array | None]) -> list[Wa
     return wanted
 
 
-def assert_is_gradient(gradient: Any, want: Wanted, eps: float) -> None:
+def assert_is_gradient(gradient: Any, want: Wanted, eps: float, exact: bool = True) -> None:
     """Both orders of the products x dy A round each of their sums' terms once, at random."""
-    if not is_sketch(gradient):
+    if not is_sketch(gradient) and exact:
         np.testing.assert_array_equal(gradient, want.gradient)
         return
-    assert gradient.array.dtype == want.sketch.dtype
-    error = np.linalg.norm(np.asarray(gradient.array - want.sketch).reshape(-1))
+    array, wanted = gradient, want.gradient
+    if is_sketch(gradient):
+        array, wanted = gradient.array, want.sketch
+    assert array.dtype == wanted.dtype
+    error = np.linalg.norm(np.asarray(array - wanted, np.float32).reshape(-1))
     assert error <= eps * np.sqrt(want.terms) * want.length
 
 
@@ -707,8 +713,7 @@ def gradients_of_full_size(jaxpr: Any, leaves: Any) -> list[str]:
 
     What only passes on a part or another form of a larger array, and so at last a weight, does not.
     """
-    sizes = {np.prod(leaf.shape) for leaf in leaves}
-    sizes |= {np.prod(leaf.shape[i:]) for leaf in leaves for i in range(1, len(leaf.batch) + 1)}
+    sizes = {s for leaf in leaves for s in sizes_of(leaf)}
     found = []
 
     def is_full(var: Any) -> bool:
@@ -725,6 +730,11 @@ def gradients_of_full_size(jaxpr: Any, leaves: Any) -> list[str]:
         if results and not passes:
             found.append(name)
     return found
+
+
+def sizes_of(leaf: Any) -> set[int]:
+    """How many entries it has, and one of its layers."""
+    return {int(np.prod(leaf.shape[i:])) for i in range(len(leaf.batch) + 1)}
 
 
 def equations(jaxpr: Any) -> Any:

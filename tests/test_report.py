@@ -198,3 +198,84 @@ def test_bytes_are_printed_in_units_that_fit():
 def test_an_optimizer_without_flora_is_refused():
     with pytest.raises(ValueError, match="keeps no FLORA state"):
         florax.state_report(optax.adam(0.1), shapes_of(kernel=(24, 40)))
+
+
+# --- gradients
+
+
+def gradient_loss(params, x):
+    hidden = jnp.tanh(x @ params["up"]) + params["bias"]
+    return jnp.mean(hidden @ params["down"] @ jnp.exp(params["head"]))
+
+
+GRADIENT_SHAPES = shapes_of(up=(24, 40), bias=(40,), down=(40, 24), head=(24, 40))
+INPUT = jax.ShapeDtypeStruct((3, 24), jnp.float32)
+
+
+def test_the_report_says_which_gradients_are_born_compressed_and_what_prevents_others():
+    tx = florax.flora_accumulate(optax.sgd(0.1), 2, {**dict.fromkeys(GRADIENT_SHAPES, 5)})
+    report = florax.gradient_report(gradient_loss, tx, GRADIENT_SHAPES, INPUT)
+    rows = {row.path: row for row in report.rows}
+    assert {path: row.sketch for path, row in rows.items()} == {
+        "['bias']": None,
+        "['down']": (40, 5),
+        "['head']": None,
+        "['up']": (40, 5),
+    }
+    assert rows["['bias']"].reason == "1-D"
+    assert rows["['up']"].reason == rows["['down']"].reason == ""
+    assert rows["['head']"].reason.startswith("exp at test_report.py:")
+    assert [row.shape for row in report.rows] == [(40,), (40, 24), (24, 40), (24, 40)]
+
+
+def test_it_says_so_of_arrays_as_of_shapes():
+    tx = florax.flora_momentum(5)
+    arrays = jax.tree.map(lambda s: jnp.ones(s.shape), (GRADIENT_SHAPES, INPUT))
+    of_arrays = florax.gradient_report(gradient_loss, tx, *arrays)
+    assert of_arrays == florax.gradient_report(gradient_loss, tx, GRADIENT_SHAPES, INPUT)
+
+
+def test_it_takes_argnums_aux_and_what_is_no_array():
+    def loss(name, x, params):
+        return gradient_loss(params, getattr(jnp, name)(x)), params["head"]
+
+    tx = florax.flora_momentum(5)
+    report = florax.gradient_report(
+        loss, tx, "sin", INPUT, GRADIENT_SHAPES, argnums=-1, has_aux=True
+    )
+    assert [row.sketch is None for row in report.rows] == [True, False, True, False]
+
+
+def test_a_rank_of_none_is_the_reason_there_too():
+    tx = florax.flora_accumulate(optax.sgd(0.1), 2, lambda path, leaf: None)
+    report = florax.gradient_report(gradient_loss, tx, GRADIENT_SHAPES, INPUT)
+    assert [row.reason for row in report.rows[:2]] == ["rank is None", "rank is None"]
+
+
+def test_its_table_is_aligned():
+    tx = florax.flora_accumulate(optax.sgd(0.1), 2, 5)
+    table = str(florax.gradient_report(gradient_loss, tx, GRADIENT_SHAPES, INPUT))
+    header, *rows = table.splitlines()
+    assert len(rows) == 4
+    for word in ("shape", "gradient", "dense because"):
+        column = header.index(word)
+        assert all(row[column - 2 : column].strip() == "" for row in rows)
+    assert "  sketch 40×5" in table
+    assert "  dense        1-D" in table
+
+
+def test_a_nested_operation_is_named_by_its_own_line():
+    """Deep in a jitted, checkpointed scan, it is the user's line that says which it was."""
+
+    def loss(params, x):
+        @jax.checkpoint
+        def layer(x, w):
+            return x @ jax.jit(lambda w: jnp.cumsum(w, 0))(w), None
+
+        return jnp.mean(jax.lax.scan(layer, x, params["w"])[0])
+
+    params = shapes_of(w=(2, 24, 24))
+    tx = florax.flora_accumulate(optax.sgd(0.1), 2, 5, dimension_numbers={"w": STACK})
+    (row,) = florax.gradient_report(loss, tx, params, INPUT).rows
+    assert row.sketch is None
+    assert row.reason.startswith("cumsum at test_report.py:")

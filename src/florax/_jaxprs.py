@@ -187,10 +187,9 @@ def summed_to(x: jax.Array, like: jax.Array) -> jax.Array:
     return jax.lax.psum(x, tuple(axes)) if axes else x  # type: ignore[no-untyped-call]
 
 
-def where(equation: Equation) -> str:
-    """The operation's name and the line of the user's program that it comes from."""
-    line = source_info_util.summarize(equation.source_info)
-    return f"{equation.primitive.name} at {line.rsplit('/', 1)[-1]}"
+def line(equation: Equation) -> str:
+    """The line of the user's program that an equation comes from; empty inside JAX's functions."""
+    return source_info_util.summarize(equation.source_info).rsplit("/", 1)[-1]
 
 
 def dependencies(jaxpr: Jaxpr, operands: Sequence[frozenset[int]]) -> list[frozenset[int]]:

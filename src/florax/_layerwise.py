@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _accumulate, _jaxprs, _leaves, _per_layer, _steps
+from florax import _accumulate, _jaxprs, _leafwise, _leaves, _per_layer, _steps
 
 
 def layerwise_value_and_update(
@@ -300,23 +300,28 @@ class _Step:
 
         parts: dict[int | None, Any] = {}
         layer_states: dict[int, optax.OptState] = {}
-        for (_, stack), segment in zip(
-            reversed(self.program.segments), reversed(backward), strict=True
-        ):
-            updated = segment()
+        rest = _leafwise.LeafwiseUpdate(
+            self.opt, self.state.rest, stacks.select(self.params, None), {}
+        )
+        rest_vars = [
+            var for var, own in zip(jaxpr.invars, stacks.of_leaves, strict=True) if own is None
+        ]
+        waiting = dict(enumerate(rest_vars))
+        for number, (_, stack) in reversed(list(enumerate(self.program.segments))):
+            updated = backward[number]()
             if stack is not None:
                 parts[stack], layer_states[stack] = updated
-
-        rest_params = stacks.select(self.params, None)
-        pairs = zip(jaxpr.invars, stacks.of_leaves, strict=True)
-        cotangents = [self.cotangent(var) for var, stack in pairs if stack is None]
-        grads = jax.tree.unflatten(jax.tree.structure(rest_params), cotangents)
-        updates, rest = self.opt.update(grads, self.state.rest, rest_params)
-        parts[None] = optax.apply_updates(rest_params, updates)
+            # What no earlier segment reads has its whole gradient: updated now, not kept.
+            start = self.program.segments[number][0].start
+            read = [var for equation in jaxpr.eqns[:start] for var in equation.invars]
+            for leaf in [leaf for leaf, var in waiting.items() if all(var is not v for v in read)]:
+                rest.give(leaf, self.cotangent(waiting.pop(leaf)))
+            values = rest.before(list(self.cotangents.values()))
+            self.cotangents = dict(zip(self.cotangents, values, strict=True))
+        parts[None], rest_state = rest.results()
         layers = tuple(layer_states[stack] for stack in range(len(stacks.heights)))
         params = stacks.merge(jax.tree.structure(self.params), parts)
-        rest = optax.tree.cast_like(rest, self.state.rest)
-        return loss, params, _per_layer.PerLayerState(layers, rest, stacks)
+        return loss, params, _per_layer.PerLayerState(layers, rest_state, stacks)
 
     def cotangent(self, var: Any) -> jax.Array:
         """The cotangent of a variable to which nothing is added any more."""
@@ -477,10 +482,13 @@ class _Step:
                 g_consts, d_carry, grads, g_data = pull(
                     (d_carry, [d for d in d_outputs if d is not None])
                 )
-                tree, grads = jax.tree.unflatten(treedef, own), jax.tree.unflatten(treedef, grads)
-                updates, new_state = self.opt.update(grads, own_state, tree)
-                new = jax.tree.leaves(optax.apply_updates(tree, updates))
-                new_state = optax.tree.cast_like(new_state, own_state)
+                update = _leafwise.LeafwiseUpdate(
+                    self.opt, own_state, jax.tree.unflatten(treedef, own), {}
+                )
+                for number, grad in enumerate(grads):
+                    update.give(number, grad)
+                tree, new_state = update.results()
+                new = jax.tree.leaves(tree)
                 own_stacks, states, d_data = jax.tree.map(
                     lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, index, 0),
                     (own_stacks, states, d_data),

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry_2x32
 
 from florax import _checks, _projection
 
@@ -215,7 +216,9 @@ def matrix_keys(
     keys = jnp.concatenate([stacks[leaf.stack_shape] for leaf in leaves])
     words = np.concatenate([[label_words(leaf.path)] * leaf.matrices for leaf in leaves])
     # All together: folding is a handful of tiny kernels, and a model has hundreds of matrices.
-    keys = jax.vmap(lambda key, words: fold(key, cycle, *words))(keys, jnp.asarray(words))
+    keys = jax.vmap(lambda key, words: fold_words(fold(key, cycle), words))(
+        keys, jnp.asarray(words)
+    )
     bounds = np.cumsum([leaf.matrices for leaf in leaves])[:-1]
     return [
         own.reshape(*leaf.stack_shape, 2)
@@ -408,10 +411,15 @@ def label_words(label: Any) -> np.ndarray:
 
 def fold(key: jax.Array, *data: jax.typing.ArrayLike) -> jax.Array:
     """Fold integers into a raw threefry key, one after the other."""
-    typed = jax.random.wrap_key_data(key, impl="threefry2x32")
     for number in data:
-        typed = jax.random.fold_in(typed, number)
-    return jax.random.key_data(typed)
+        key = fold_words(key, jnp.stack([jnp.uint32(0), jnp.asarray(number).astype(jnp.uint32)]))
+    return key
+
+
+def fold_words(key: jax.Array, words: jax.Array) -> jax.Array:
+    """Fold two words into a raw threefry key: it is their cipher."""
+    folded: jax.Array = threefry_2x32(key, words)
+    return folded
 
 
 def _stack_keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -158,7 +158,7 @@ def round_all(
         # Another label than a projection's: no rounding shares a key with one.
         labels = jnp.array([_leaves.label_words((leaves[i].path, "rounding")) for i in narrowed])
         base = _leaves.fold(key, *counts)
-        keys = jax.vmap(lambda words: _leaves.fold(base, words[0], words[1]))(labels)
+        keys = jax.vmap(lambda words: _leaves.fold_words(base, words))(labels)
         for i, words in zip(narrowed, keys, strict=True):
             rounded[i] = _projection.stochastic_round(values[i], dtypes[i], words)
     return rounded

@@ -6,6 +6,7 @@ weight that is used in a way the evaluator does not know keeps its dense gradien
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -54,11 +55,13 @@ class _Evaluator:
 
     `totals` holds per weight the value that its uses pass on from one to the next (see
     `_views.record`); inner programs get evaluators of their own. `refused` says of every weight
-    that was used in an unknown way which operation it was.
+    that was used in an unknown way which operation it was, and `line` which line of the user's
+    program has led here.
     """
 
     totals: dict[int, jax.Array]
     refused: dict[int, str]
+    line: str = ""
 
     def run(self, jaxpr: _jaxprs.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
         env: dict[Any, Any] = {}
@@ -82,7 +85,7 @@ class _Evaluator:
                     return rule(self, equation, values)
                 except _views.Opaque as opaque:
                     reason = f", which {opaque}"
-        return _jaxprs.run(equation, self.plain(values, _jaxprs.where(equation) + reason))
+        return _jaxprs.run(equation, self.plain(values, self.where(equation) + reason))
 
     def plain(self, values: Sequence[Any], reason: str) -> list[Any]:
         """The values as arrays; weights among them are refused for that reason."""
@@ -91,17 +94,22 @@ class _Evaluator:
                 self.refused.setdefault(value.number, reason)
         return [value.array if isinstance(value, _Weight) else value for value in values]
 
+    def where(self, equation: _jaxprs.Equation) -> str:
+        """The operation's name and the line of the user's program that it comes from."""
+        return f"{equation.primitive.name} at {_jaxprs.line(equation) or self.line}"
+
     def inside(self, values: Sequence[Any]) -> dict[int, jax.Array]:
         """The totals that an inner program needs which gets these values."""
         numbers = {value.number for value in values if isinstance(value, _Weight)}
         return {number: self.totals[number] for number in sorted(numbers)}
 
     def entered(self, totals: dict[int, jax.Array]) -> "_Evaluator":
-        return _Evaluator(dict(totals), self.refused)
+        return _Evaluator(dict(totals), self.refused, self.line)
 
 
 def _jit(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
-    return ev.run(*_jaxprs.inner(equation), *values)
+    called = _Evaluator(ev.totals, ev.refused, _jaxprs.line(equation) or ev.line)
+    return called.run(*_jaxprs.inner(equation), *values)
 
 
 def _checkpoint(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
@@ -115,7 +123,7 @@ def _checkpoint(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -
         inner = ev.entered(totals)
         results = inner.run(jaxpr, consts, *values)
         computed = [r for r, source in zip(results, sources, strict=True) if source is None]
-        return inner.plain(computed, f"{_jaxprs.where(equation)}, which returns it"), inner.totals
+        return inner.plain(computed, f"{ev.where(equation)}, which returns it"), inner.totals
 
     body = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
     computed, totals = body(ev.inside(values), values)
@@ -129,7 +137,7 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
     parts = _jaxprs.scan(equation, values)
     first, last = len(parts.consts), len(parts.consts) + len(parts.carry)
     sources = _jaxprs.forwarded(parts.body)
-    where = _jaxprs.where(equation)
+    where = ev.where(equation)
 
     # What the loop carries unchanged is a constant of it; what else it carries is computed.
     constant = [sources[i] == first + i for i in range(len(parts.carry))]
@@ -152,9 +160,12 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
         for source in sources[len(parts.carry) :]
     ]
 
+    keys = [stack.source.keys for stack in stacks if isinstance(stack, _Weight)]
+
     def body(carry: Any, xs: Any) -> Any:
         moving, totals = carry
-        index, slices = xs
+        index, packed_keys, slices = xs
+        own_keys = iter(_unpack(packed_keys, [k.shape[1:] for k in keys]))
         inner = ev.entered(totals)
         moving_values = iter(moving)
         carried = [
@@ -162,7 +173,7 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
             for value, stays in zip(start, constant, strict=True)
         ]
         sliced = [
-            stack.at(index, 0, *part) if isinstance(stack, _Weight) else part
+            stack.at(index, 0, part, next(own_keys)) if isinstance(stack, _Weight) else part
             for stack, part in zip(stacks, slices, strict=True)
         ]
         results = inner.run(parts.body, parts.body_consts, *parts.consts, *carried, *sliced)
@@ -176,14 +187,11 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
         reason = f"{where}, which returns it"
         return (inner.plain(new, reason), inner.totals), inner.plain(collected, reason)
 
-    xs = [
-        (stack.array, stack.source.keys) if isinstance(stack, _Weight) else stack
-        for stack in stacks
-    ]
+    xs = [stack.array if isinstance(stack, _Weight) else stack for stack in stacks]
     (moved, totals), collected = jax.lax.scan(
         body,
         (moving, ev.inside([*parts.consts, *start, *stacks])),
-        (jnp.arange(params["length"], dtype=jnp.int32), xs),
+        (jnp.arange(params["length"], dtype=jnp.int32), _pack(keys), xs),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -199,6 +207,20 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
     ]
 
 
+def _pack(keys: list[jax.Array]) -> jax.Array | None:
+    """The keys of several stacks of the same height as one array: one slice a layer, not many."""
+    return jnp.concatenate([k.reshape(len(k), -1, 2) for k in keys], 1) if keys else None
+
+
+def _unpack(packed: jax.Array | None, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+    """A layer's keys, of these shapes."""
+    if packed is None:
+        return []
+    bounds = np.cumsum([math.prod(shape) // 2 for shape in shapes])[:-1]
+    parts = jnp.split(packed, bounds)
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def _cond(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
     index, *operands = values
 
@@ -206,9 +228,7 @@ def _cond(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
         def body(totals: dict[int, jax.Array], operands: list[Any]) -> Any:
             inner = ev.entered(totals)
             results = inner.run(*_jaxprs.opened(jaxpr), *operands)
-            return inner.plain(
-                results, f"{_jaxprs.where(equation)}, which returns it"
-            ), inner.totals
+            return inner.plain(results, f"{ev.where(equation)}, which returns it"), inner.totals
 
         return body
 

@@ -350,14 +350,10 @@ class Product:
             f"{projected},{stack}{_RANK}{columns}->{rest}",
             near,
             a.astype(near.dtype),
-            preferred_element_type=jnp.promote_types(near.dtype, jnp.float32),
+            # Accumulated in float32 whatever it is rounded to, and rounded inside the product.
+            preferred_element_type=far.dtype,
         )
-        return einsum(
-            f"{third},{rest}->{kept}{_RANK}",
-            far,
-            thin.astype(far.dtype),
-            preferred_element_type=wide,
-        )
+        return einsum(f"{third},{rest}->{kept}{_RANK}", far, thin, preferred_element_type=wide)
 
 
 _RANK = "Z"  # the letter of the sketch's last axis
