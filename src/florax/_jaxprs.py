@@ -192,6 +192,19 @@ def line(equation: Equation) -> str:
     return source_info_util.summarize(equation.source_info).rsplit("/", 1)[-1]
 
 
+def order(jaxpr: Jaxpr) -> list[tuple[int, ...]]:
+    """For every result when it is computed: positions that compare as the equations follow."""
+    made: dict[Any, tuple[int, ...]] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        name = equation.primitive.name
+        within: list[tuple[int, ...]] = [()] * len(equation.outvars)
+        if name in JIT or name in CHECKPOINT:
+            within = order(inner(equation)[0])
+        for var, position in zip(equation.outvars, within, strict=True):
+            made[var] = (number, *position)
+    return [() if isinstance(var, Literal) else made.get(var, ()) for var in jaxpr.outvars]
+
+
 def dependencies(jaxpr: Jaxpr, operands: Sequence[frozenset[int]]) -> list[frozenset[int]]:
     """For every result the union of the labels of the operands that it depends on."""
     none: frozenset[int] = frozenset()

@@ -479,14 +479,16 @@ class _Step:
                     own,
                     _where(data_on, own_data),
                 )
-                g_consts, d_carry, grads, g_data = pull(
-                    (d_carry, [d for d in d_outputs if d is not None])
-                )
+                cotangents = (d_carry, [d for d in d_outputs if d is not None])
+                jaxpr, _, _ = _jaxprs.trace(lambda cotangents: pull(cotangents)[2], cotangents)
+                order = _jaxprs.order(jaxpr)
+                g_consts, d_carry, grads, g_data = pull(cotangents)
                 update = _leafwise.LeafwiseUpdate(
                     self.opt, own_state, jax.tree.unflatten(treedef, own), {}
                 )
-                for number, grad in enumerate(grads):
-                    update.give(number, grad)
+                # As the backward pass yields them, so that none has to wait for another.
+                for number in sorted(range(len(grads)), key=lambda number: order[number]):
+                    update.give(number, grads[number])
                 tree, new_state = update.results()
                 new = jax.tree.leaves(tree)
                 own_stacks, states, d_data = jax.tree.map(

@@ -188,7 +188,7 @@ def draw(
     own_keys = matrix_keys(tuple(leaves[i] for i in compressed), key, cycle)
     keys = dict(zip(compressed, own_keys, strict=True))
     for (_, rank, columns), members in groups.items():
-        stacked = jnp.concatenate([keys[i].reshape(-1, 2) for i in members])
+        stacked = jnp.concatenate([keys[i] for i in members])
         drawn_matrices = jax.vmap(leaves[members[0]].draw_matrix)(stacked)
         together = jax.lax.optimization_barrier(drawn_matrices)  # type: ignore[no-untyped-call]
         start = 0
@@ -202,7 +202,7 @@ def draw(
 def matrix_keys(
     leaves: tuple[Leaf, ...], key: jax.Array, cycle: jax.typing.ArrayLike
 ) -> list[jax.Array]:
-    """Per leaf the keys of its matrices in a cycle, shape `(*batch, 2)`, uint32.
+    """Per leaf the keys of its matrices in a cycle, shape `(matrices, 2)`, uint32.
 
     The base key with the index in the stack, the cycle and the path folded in, in this order. So
     layer i of a stack is a leaf of its own with the base key `fold(key, i)`.
@@ -220,10 +220,8 @@ def matrix_keys(
         keys, jnp.asarray(words)
     )
     bounds = np.cumsum([leaf.matrices for leaf in leaves])[:-1]
-    return [
-        own.reshape(*leaf.stack_shape, 2)
-        for leaf, own in zip(leaves, jnp.split(keys, bounds), strict=True)
-    ]
+    split: list[jax.Array] = jnp.split(keys, bounds)
+    return split
 
 
 def check_settings(rank: Rank, side: Side, projection: _projection.Projection) -> None:

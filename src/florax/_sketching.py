@@ -31,10 +31,18 @@ class _Weight:
     number: int = dataclasses.field(metadata={"static": True})  # of the leaf
     view: _views.View = dataclasses.field(metadata={"static": True})
 
-    def at(self, index: jax.Array, axis: int, array: jax.Array, keys: jax.Array) -> "_Weight":
-        """One position along a batch axis, of which `array` and `keys` are the values."""
+    def keys(self) -> jax.Array:
+        """The keys of the matrices in view, shape `(matrices, 2)`."""
+        count = math.prod(self.view.shape[axis] for axis in self.view.batch)
+        return self.source.keys[self.view.first_key : self.view.first_key + count]
+
+    def at(
+        self, index: jax.Array, axis: int, array: jax.Array, keys: jax.Array, first_key: int = 0
+    ) -> "_Weight":
+        """One position along a batch axis, with its value and keys."""
         source = _views.Source(keys, (*self.source.positions, index))
-        return dataclasses.replace(self, array=array, source=source, view=self.view.index(axis))
+        view = dataclasses.replace(self.view.index(axis), first_key=first_key)
+        return dataclasses.replace(self, array=array, source=source, view=view)
 
 
 class Born(NamedTuple):
@@ -42,7 +50,7 @@ class Born(NamedTuple):
 
     Attributes:
       leaf: the leaf.
-      keys: of its matrices in the cycle, shape `(*batch, 2)`.
+      keys: of its matrices in the cycle, shape `(matrices, 2)`.
     """
 
     leaf: _leaves.Leaf
@@ -160,12 +168,16 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
         for source in sources[len(parts.carry) :]
     ]
 
-    keys = [stack.source.keys for stack in stacks if isinstance(stack, _Weight)]
+    # The keys of all stacks side by side, shape (layers, keys of a layer, 2).
+    weights = [stack for stack in stacks if isinstance(stack, _Weight)]
+    keys = [weight.keys().reshape(params["length"], -1, 2) for weight in weights]
+    starts = np.cumsum([0, *(own.shape[1] for own in keys)]).tolist()
+    packed = jnp.concatenate(keys, axis=1) if keys else None
 
     def body(carry: Any, xs: Any) -> Any:
         moving, totals = carry
-        index, packed_keys, slices = xs
-        own_keys = iter(_unpack(packed_keys, [k.shape[1:] for k in keys]))
+        index, layer_keys, slices = xs
+        first_keys = iter(starts)
         inner = ev.entered(totals)
         moving_values = iter(moving)
         carried = [
@@ -173,7 +185,9 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
             for value, stays in zip(start, constant, strict=True)
         ]
         sliced = [
-            stack.at(index, 0, part, next(own_keys)) if isinstance(stack, _Weight) else part
+            stack.at(index, 0, part, layer_keys, next(first_keys))
+            if isinstance(stack, _Weight)
+            else part
             for stack, part in zip(stacks, slices, strict=True)
         ]
         results = inner.run(parts.body, parts.body_consts, *parts.consts, *carried, *sliced)
@@ -191,7 +205,7 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
     (moved, totals), collected = jax.lax.scan(
         body,
         (moving, ev.inside([*parts.consts, *start, *stacks])),
-        (jnp.arange(params["length"], dtype=jnp.int32), _pack(keys), xs),
+        (jnp.arange(params["length"], dtype=jnp.int32), packed, xs),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -205,20 +219,6 @@ def _scan(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
         ),
         *(next(collected_values) if i is None else stacks[i] for i in through),
     ]
-
-
-def _pack(keys: list[jax.Array]) -> jax.Array | None:
-    """The keys of several stacks of the same height as one array: one slice a layer, not many."""
-    return jnp.concatenate([k.reshape(len(k), -1, 2) for k in keys], 1) if keys else None
-
-
-def _unpack(packed: jax.Array | None, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
-    """A layer's keys, of these shapes."""
-    if packed is None:
-        return []
-    bounds = np.cumsum([math.prod(shape) // 2 for shape in shapes])[:-1]
-    parts = jnp.split(packed, bounds)
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _cond(ev: _Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
@@ -366,7 +366,8 @@ def _block(
     if axis is not None and not whole[axis] and array.shape[axis] == 1:
         # As JAX does, out of range is the nearest: the key must be that of the layer that is read.
         index = jnp.clip(jnp.asarray(starts[axis], jnp.int32), 0, view.shape[axis] - 1)
-        taken = weight.at(index, axis, array, weight.source.keys[index])
+        keys = weight.keys().reshape(view.shape[axis], -1, 2)[index]
+        taken = weight.at(index, axis, array, keys)
         # The axis stays, with size 1, and is no batch axis any more.
         without = [n for i, n in enumerate(view.shape) if i != axis]
         rest = [i for i in range(len(view.shape)) if i != axis]

@@ -50,6 +50,7 @@ class View:
       sketch_shape: shape of the part of the sketch, rank last, that the view stands for.
       column_shape: shape of the projection's columns as the view sees them.
       batch: the axes of it that are still stacked, in the order of the leaf's batch axes.
+      first_key: the row of the source's keys with which those of the view begin.
       sketch_steps: from the whole sketch to the view's part.
       column_steps: from the projection as it is drawn to the view's.
     """
@@ -61,6 +62,7 @@ class View:
     sketch_shape: tuple[int, ...]
     column_shape: tuple[int, ...]
     batch: tuple[int, ...]
+    first_key: int = 0
     sketch_steps: tuple[_Step, ...] = ()
     column_steps: tuple[_Step, ...] = ()
 
@@ -200,10 +202,12 @@ class View:
     def draw(self, keys: jax.Array) -> jax.Array:
         """The projections as the view sees them, `(*batch, rank, *column_shape)`, float32.
 
-        `keys` are those of the matrices in view, shape `(*batch, 2)`.
+        `keys` are a `Source`'s.
         """
+        stack = tuple(self.shape[axis] for axis in self.batch)
+        keys = keys[self.first_key : self.first_key + math.prod(stack)].reshape(*stack, 2)
         draw = self.leaf.draw_matrix
-        for _ in self.batch:
+        for _ in stack:
             draw = jax.vmap(draw)
         drawn = draw(keys)
         lead = drawn.shape[: drawn.ndim - len(self.leaf.columns)]
@@ -346,6 +350,9 @@ class Product:
         # What all matrices of a stack share meets the projection of each.
         alone = "".join(letter for letter in stack if letter not in projected)
         rest = alone + "".join(letter for letter in projected if letter not in columns) + _RANK
+        # A value of its own: XLA would merge this product with that of the same operand and the
+        # weight, and copy the weight for it.
+        near = jax.lax.optimization_barrier(near)  # type: ignore[no-untyped-call]
         thin = einsum(
             f"{projected},{stack}{_RANK}{columns}->{rest}",
             near,
@@ -418,7 +425,9 @@ class Source(NamedTuple):
     """What the sketch of a view is made with.
 
     Attributes:
-      keys: of the matrices in view, shape `(*batch, 2)`.
+      keys: those of the matrices in view are the rows from `View.first_key` on; shape `(n, 2)`. A
+        loop hands all weights' keys into its body as one array, which the backward pass then
+        slices: that is a buffer and a copy a layer, not one for every weight.
       positions: the batch indices that led to the view.
     """
 
