@@ -1,5 +1,6 @@
 """Every layer of a stack is a block of its own, in the update, the state and the projections."""
 
+import functools
 import re
 
 import chex
@@ -41,16 +42,16 @@ def quickly(compile_quickly):
 
 def run(tx, params=PARAMS, gradients=GRADIENTS):
     """The updates of every step, and the last state."""
+    return steps(tx, params, jax.tree.map(lambda *g: jnp.stack(g), *gradients))
 
-    @jax.jit
-    def steps(params, state, gradients):
-        def step(state, grads):
-            updates, state = tx.update(grads, state, params)
-            return state, updates
 
-        return jax.lax.scan(step, state, jax.tree.map(lambda *g: jnp.stack(g), *gradients))
+@functools.partial(jax.jit, static_argnums=0)
+def steps(tx, params, gradients):
+    def step(state, grads):
+        updates, state = tx.update(grads, state, params)
+        return state, updates
 
-    state, updates = steps(params, tx.init(params), gradients)
+    state, updates = jax.lax.scan(step, tx.init(params), gradients)
     return updates, state
 
 
@@ -102,8 +103,13 @@ CLOSE = dict(rtol=1e-5, atol=2e-6)
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, dict(projection="cosine", residual=True), dict(side="larger", nesterov=True)],
-    ids=["paper", "cosine residual", "larger nesterov"],
+    [
+        pytest.param({}, id="paper", marks=pytest.mark.slow),
+        pytest.param(dict(side="larger", nesterov=True), id="larger nesterov"),
+        pytest.param(
+            dict(projection="cosine", residual=True), id="cosine residual", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_layer_has_the_projections_that_it_has_in_a_stack(arguments):
     """`per_layer(flora_momentum)` is `flora_momentum` with the layers as batch axis."""

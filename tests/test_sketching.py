@@ -19,25 +19,46 @@ def quickly(compile_quickly):
     """And the same products come out the same: what is not sketched is exactly JAX's."""
 
 
-@pytest.mark.parametrize("name", losses.CASES)
+def some(names, slow):
+    """Parameters of a test; the slow ones, whose like is among the others, run nightly."""
+    marks = {True: pytest.mark.slow, False: ()}
+    return [pytest.param(name, marks=marks[name in slow], id=name) for name in names]
+
+
+SLOW_CASES = {
+    "a_checkpoint_that_saves_products",
+    "a_jitted_function",
+    "a_matrix_by_a_vector",
+    "a_part_that_is_used_alone",
+    "a_plain_function",
+    "a_scan_in_reverse",
+    "a_scan_over_layers",
+    "a_scan_over_time_in_a_scan_over_layers",
+    "a_switch_between_layers",
+    "a_weight_that_is_not_used",
+    "bfloat16_weights",
+    "grouped_heads_of_four_axes",
+    "transposed_before_it_is_stored",
+}
+
+
+@pytest.mark.parametrize("name", some(losses.CASES, SLOW_CASES))
 def test_sketches_are_the_compressed_gradients(name):
     losses.check(losses.CASES[name]())
 
 
-SOME = (
-    "a_tied_weight",
-    "attention_kernels_of_three_axes",
+VARIED = [
     "a_fused_weight_cut_in_columns_and_in_rows",
     "a_scan_over_layers_of_experts",
+    "attention_kernels_of_three_axes",
+]
+
+
+@pytest.mark.parametrize(
+    "side, projection", [("larger", "gaussian"), ("smaller", "cosine"), ("larger", "cosine")]
 )
-
-
-@pytest.mark.parametrize("side", ["smaller", "larger"])
-@pytest.mark.parametrize("projection", ["gaussian", "cosine"])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", some(["a_tied_weight", *VARIED], VARIED))
 def test_so_they_are_with_both_projections_on_both_sides(name, projection, side):
-    if (projection, side) == ("gaussian", "smaller"):
-        pytest.skip("the test above")
     case = losses.CASES[name]()
     losses.check(case, case.transformation(projection=projection, side=side))
 
@@ -204,9 +225,12 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED.keys())
-def test_states_that_see_gradients_first_take_sketches_in_place_of_gradients(make):
-    tx = make()
+SLOW_WRAPPERS = {"chain in a chain", "with_extra_args_support", "chain that begins with momentum"}
+
+
+@pytest.mark.parametrize("name", some(WRAPPED, SLOW_WRAPPERS))
+def test_states_that_see_gradients_first_take_sketches_in_place_of_gradients(name):
+    tx = WRAPPED[name]()
     state = tx.init(PARAMS)
 
     @jax.jit
@@ -402,7 +426,9 @@ MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", ["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"])
+@pytest.mark.parametrize(
+    "name", some(["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"], {"a_tied_weight"})
+)
 def test_devices_may_each_have_their_share_of_the_batch(name, check_vma):
     """As with `jax.grad`: with `check_vma` gradients of what is replicated are summed."""
     case = losses.CASES[name]()

@@ -160,13 +160,13 @@ def nnx_dropout_and_batch_norm(nnx):
 
 
 NNX = [
-    nnx_linear,
-    nnx_bfloat16,
+    pytest.param(nnx_linear, marks=pytest.mark.slow),
+    pytest.param(nnx_bfloat16, marks=pytest.mark.slow),
     nnx_linear_general,
     nnx_attention,
     nnx_convolution,
     nnx_tied_head,
-    nnx_scan,
+    pytest.param(nnx_scan, marks=pytest.mark.slow),
     nnx_scan_of_remat,
     nnx_jit_and_remat,
     nnx_dropout_and_batch_norm,
@@ -276,7 +276,13 @@ def linen_scan_of_remat(linen):
     return linen_scan(linen, functools.partial(linen.remat, prevent_cse=False))
 
 
-LINEN = [linen_dense, linen_attention, linen_tied_head, linen_scan, linen_scan_of_remat]
+LINEN = [
+    linen_attention,
+    linen_tied_head,
+    linen_scan_of_remat,
+    pytest.param(linen_dense, marks=pytest.mark.slow),
+    pytest.param(linen_scan, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("make", LINEN)
@@ -333,7 +339,12 @@ def equinox_scan(eqx):
     return of_equinox(eqx, make(keys), apply)
 
 
-EQUINOX = [equinox_perceptron, equinox_attention, equinox_checkpoint, equinox_scan]
+EQUINOX = [
+    equinox_attention,
+    equinox_checkpoint,
+    equinox_scan,
+    pytest.param(equinox_perceptron, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("make", EQUINOX)

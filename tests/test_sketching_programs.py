@@ -189,14 +189,14 @@ def settings(examples):
     )
 
 
-@settings(5)
+@settings(4)
 @hypothesis.given(programs(2, hows=PRODUCTS + OPAQUE[:1]))
 def test_of_random_programs(program):
     check(program)
 
 
 @pytest.mark.slow
-@settings(300)
+@settings(200)
 @hypothesis.given(programs(3, hows=PRODUCTS + OPAQUE))
 def test_of_many_random_programs(program):
     check(program)

@@ -95,7 +95,16 @@ BASES = {
 }
 
 
-@pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
+SLOW_BASES = {"sgd", "adam", "flora", "per layer: adam"}
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(base, id=name, marks=pytest.mark.slow if name in SLOW_BASES else ())
+        for name, base in BASES.items()
+    ],
+)
 def test_a_step_is_the_loop_of_full_gradients_and_updates(base):
     tx = accumulate(base)
     by_step, by_loop = step(tx), loop(tx)

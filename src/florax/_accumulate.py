@@ -135,7 +135,7 @@ def flora_accumulate(
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable as the function it is
 class Init:
     """The init function of `flora_accumulate`."""
 
@@ -174,7 +174,7 @@ class Init:
         return jnp.promote_types(own, jnp.float32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Update:
     """The update function of `flora_accumulate`, which `finish` asks for the base optimizer."""
 
@@ -372,14 +372,12 @@ def _finish(
     """Run the base optimizer on what was accumulated, in the dtypes of `like`, and start afresh."""
     leaves = state.sketch.plan
     likes, treedef = _sketches.match(like, leaves)
+    if params is not None:  # the parameter stands in for a gradient that was never there
+        pairs = zip(likes, jax.tree.leaves(params), strict=True)
+        likes = [x if isinstance(grad, _sketches.Sketch) else grad for grad, x in pairs]
     drawn = _leaves.draw(leaves, state.key, state.gradient_step)
     grads = [
-        _decompress(
-            leaf,
-            a,
-            leaf.dtype if isinstance(target, _sketches.Sketch) else target.dtype,
-            accumulated,
-        )
+        _decompress(leaf, a, target, accumulated)
         for leaf, accumulated, target, a in zip(leaves, total, likes, drawn, strict=True)
     ]
     updates, inner_opt_state = opt.update(
@@ -418,7 +416,7 @@ def _update_and_apply(
     ) -> tuple[optax.Params, optax.OptState]:
         drawn = _leaves.draw(tuple(leaves), key, state.gradient_step)
         gradients = [
-            functools.partial(_decompress, leaf, a, param.dtype)
+            functools.partial(_decompress, leaf, a, param)
             for leaf, a, param in zip(leaves, drawn, jax.tree.leaves(params), strict=True)
         ]
         return _leafwise.update_and_apply(opt, gradients, kept, inner, params, extra_args)
@@ -465,9 +463,15 @@ def _update_and_apply(
 
 
 def _decompress(
-    leaf: _leaves.Leaf, projection: jax.Array | None, dtype: jnp.dtype, sketch: jax.Array
+    leaf: _leaves.Leaf, projection: jax.Array | None, like: Any, sketch: jax.Array
 ) -> jax.Array:
-    return (sketch if projection is None else leaf.decompress(sketch, projection)).astype(dtype)
+    """The gradient, dense ones as they are, in the dtype of `like` and divided as it is."""
+    if isinstance(like, _sketches.Sketch):
+        like, dtype = None, leaf.dtype
+    else:
+        dtype = like.dtype
+    gradient = sketch if projection is None else leaf.decompress(sketch, projection, like)
+    return gradient.astype(dtype)
 
 
 def check_transformation(function: str, tx: Any) -> Update:

@@ -169,24 +169,6 @@ def _forwarded_by_scan(equation: Equation) -> list[int | None]:
     return sources
 
 
-def varying(x: jax.Array) -> frozenset[str]:
-    """The axes of a `shard_map` along which the devices have values of their own."""
-    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
-    return axes
-
-
-def varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x`, to be given values of its own wherever `like` has some."""
-    axes = varying(like) - varying(x)
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
-
-
-def summed_to(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`x` summed over the devices that have one value of `like` between them."""
-    axes = varying(x) - varying(like)
-    return jax.lax.psum(x, tuple(axes)) if axes else x  # type: ignore[no-untyped-call]
-
-
 def line(equation: Equation) -> str:
     """The line of the user's program that an equation comes from; empty inside JAX's functions."""
     return source_info_util.summarize(equation.source_info).rsplit("/", 1)[-1]

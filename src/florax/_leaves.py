@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
 
-from florax import _checks, _projection
+from florax import _checks, _meshes, _projection
 
 KeyPath: TypeAlias = tuple[Any, ...]
 Side = Literal["smaller", "larger"]
@@ -153,17 +153,35 @@ class Leaf:
 
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
         """Sketch a gradient of the leaf's shape: `(*batch, *rows, rank)`, float32 at least."""
+        projection = _meshes.divide(projection, _meshes.division(grad, self.batch))
         return _projection.compress(grad, projection, self.columns, self.batch)
 
-    def decompress(self, sketch: jax.Array, projection: jax.Array) -> jax.Array:
-        """Turn a sketch back into an array of the leaf's shape, float32 at least."""
+    def decompress(
+        self, sketch: jax.Array, projection: jax.Array, like: jax.Array | None = None
+    ) -> jax.Array:
+        """Turn a sketch back into an array of the leaf's shape, float32 at least.
+
+        On a mesh with explicit axes it is divided as `like`, the leaf or its gradient, is.
+        """
+        if like is not None:
+            stack, columns = (_meshes.division(like, own) for own in (self.batch, self.columns))
+            projection = _meshes.divide(projection, (*stack, None, *columns))
         matrices = _over_stack(_projection.decompress, len(self.batch))(sketch, projection)
         order = self.batch + self.rows + self.columns
         return matrices.transpose([order.index(axis) for axis in range(len(order))])
 
     def transfer(self, sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         """Carry a sketch over from the projections `old` to `new`."""
+        stack = _meshes.division(sketch, range(len(self.batch)))
+        old, new = _meshes.divide(old, stack), _meshes.divide(new, stack)
         return _over_stack(_projection.transfer, len(self.batch))(sketch, old, new)
+
+    def zeros(self, like: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """A sketch of zero, or zeros if dense, for the leaf or gradient `like`."""
+        dense = tuple(range(len(self.shape)))
+        kept = dense if self.rank is None else self.batch + self.rows
+        zeros = jnp.zeros(self.stored_shape, dtype)
+        return _meshes.divide(_meshes.varying_as(zeros, like), _meshes.division(like, kept))
 
 
 def draw(

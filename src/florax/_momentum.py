@@ -136,14 +136,15 @@ def flora_momentum(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, FloraMomentumState]:
-        del params, extra_args
+        del extra_args
         leaves = state.sketch.plan
         grads, treedef = _sketches.match(updates, leaves)
         averages = state.sketch.leaves()
         drawn = _leaves.draw(leaves, state.key, state.cycle)
 
+        likes = grads if params is None else jax.tree.leaves(params)
         emitted, kept = [], []
-        for leaf, grad, average, a in zip(leaves, grads, averages, drawn, strict=True):
+        for leaf, grad, average, a, like in zip(leaves, grads, averages, drawn, likes, strict=True):
             if a is None:
                 new = optax.tree.update_moment(grad, average, decay, order=1)
                 out = optax.tree.update_moment(grad, new, decay, order=1) if nesterov else new
@@ -160,7 +161,8 @@ def flora_momentum(
             new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
             # One decompression serves both parts: M A + G − (G Aᵀ) A = G + (M − G Aᵀ) A.
-            out = leaf.decompress(out - sketch if residual else out, a)
+            like = (None if like is grad else like) if born else grad
+            out = leaf.decompress(out - sketch if residual else out, a, like)
             out = out + grad if residual else out
             own = leaf.dtype if born else grad.dtype
             emitted.append(out.astype(jnp.promote_types(own, average.dtype)))

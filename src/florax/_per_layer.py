@@ -113,7 +113,7 @@ def init(
     return PerLayerState(tuple(layers), opt.init(stacks.select(params, None)), stacks)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable as the function it is
 class Update:
     """The update function of `per_layer`, which `finish` asks for the transformation."""
 

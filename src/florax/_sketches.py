@@ -122,7 +122,8 @@ def zero_sketches(
     dtype: Callable[[jnp.dtype], jax.typing.DTypeLike],
 ) -> Sketches:
     """Sketches of zero for planned `params`; `dtype` gives the state's dtype for a parameter's."""
-    zeros = [jnp.zeros(leaf.stored_shape, dtype(leaf.dtype)) for leaf in leaves]
+    flat = jax.tree.leaves(params)
+    zeros = [leaf.zeros(x, dtype(leaf.dtype)) for leaf, x in zip(leaves, flat, strict=True)]
     return Sketches(jax.tree.unflatten(jax.tree.structure(params), zeros), leaves)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from florax import _accumulate, _checks, _jaxprs, _leaves, _momentum, _sketches, _views
+from florax import _accumulate, _checks, _jaxprs, _leaves, _meshes, _momentum, _sketches, _views
 
 
 @jax.tree_util.register_dataclass
@@ -533,7 +533,7 @@ def differentiate(
         return (value, carriers), aux
 
     carriers = {
-        number: _jaxprs.varying_as(jnp.zeros_like(seed), seed) for number, seed in seeds.items()
+        number: _meshes.varying_as(jnp.zeros_like(seed), seed) for number, seed in seeds.items()
     }
     (value, _), pull, aux = jax.vjp(loss, carriers, dense, has_aux=True)
     sketches, grads = pull((jnp.ones_like(value), seeds))
@@ -632,7 +632,10 @@ def value_and_grad(
     def value_and_grad_fn(*args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
         program = trace_loss(loss_fn, argnums, has_aux, args, kwargs)
         found = born(opt_state, program)
-        totals = {i: _zeros(how.leaf, program.leaves[i]) for i, how in found.items()}
+        totals = {
+            i: how.leaf.zeros(program.leaves[i], jnp.promote_types(how.leaf.dtype, jnp.float32))
+            for i, how in found.items()
+        }
         value, sketches, dense = differentiate(program, found, totals)
         grads = [
             _sketches.Sketch(sketches[i], found[i].leaf) if i in sketches else dense[i]
@@ -641,8 +644,3 @@ def value_and_grad(
         return value, jax.tree.unflatten(program.treedef, grads)
 
     return value_and_grad_fn
-
-
-def _zeros(leaf: _leaves.Leaf, param: jax.typing.ArrayLike) -> jax.Array:
-    zeros = jnp.zeros(leaf.stored_shape, jnp.promote_types(leaf.dtype, jnp.float32))
-    return _jaxprs.varying_as(zeros, jnp.asarray(param))

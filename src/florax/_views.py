@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from florax import _jaxprs, _leaves, _projection
+from florax import _leaves, _meshes, _projection
 
 
 class Opaque(Exception):
@@ -229,7 +229,8 @@ def _add(
 ) -> jax.Array:
     # Read, add, write back: inside a loop the whole is then updated in place, a part at a time.
     if not steps:
-        return total + part.reshape(total.shape).astype(total.dtype)
+        part = part.reshape(total.shape).astype(total.dtype)
+        return total + _meshes.divide_as(part, total)
     step, steps = steps[0], steps[1:]
     if step.kind == "reshape":
         return _add(total.reshape(step.axes), part, steps, positions).reshape(total.shape)
@@ -325,18 +326,15 @@ class Product:
     ) -> jax.Array:
         """Add the sketch of this use to the total."""
         sketch = self.sketch(d_output, other, source.keys)
-        return self.view.add(total, _jaxprs.summed_to(sketch, total), source.positions)
+        return self.view.add(total, _meshes.summed_to(sketch, total), source.positions)
 
     def sketch(self, d_output: jax.Array, other: jax.Array, keys: jax.Array) -> jax.Array:
         """The sketch of the weight's gradient, its axes as in the view's part of the sketch."""
-        einsum = functools.partial(jnp.einsum, precision=self.precision)
         named = {axis: self.weight[i] for i, axis in enumerate(self.view.sketch_axes)}
         kept = "".join(named[axis] for axis in sorted(a for a in named if a is not None))
         wide = jnp.promote_types(other.dtype, jnp.float32)
         if self.view.leaf.rank is None:
-            return einsum(
-                f"{self.output},{self.other}->{kept}", d_output, other, preferred_element_type=wide
-            )
+            return self.einsum((self.output, d_output), (self.other, other), kept, wide)
         projected, third = self._projected()
         near, far = (d_output, other) if projected is self.output else (other, d_output)
         a = self.view.draw(keys)
@@ -353,14 +351,37 @@ class Product:
         # A value of its own: XLA would merge this product with that of the same operand and the
         # weight, and copy the weight for it.
         near = jax.lax.optimization_barrier(near)  # type: ignore[no-untyped-call]
-        thin = einsum(
-            f"{projected},{stack}{_RANK}{columns}->{rest}",
-            near,
-            a.astype(near.dtype),
-            # Accumulated in float32 whatever it is rounded to, and rounded inside the product.
-            preferred_element_type=far.dtype,
+        # Accumulated in float32 whatever it is rounded to, and rounded inside the product.
+        thin = self.einsum(
+            (projected, near),
+            (f"{stack}{_RANK}{columns}", a.astype(near.dtype)),
+            rest,
+            far.dtype,
         )
-        return einsum(f"{third},{rest}->{kept}{_RANK}", far, thin, preferred_element_type=wide)
+        return self.einsum((third, far), (rest, thin), kept + _RANK, wide)
+
+    def einsum(
+        self, left: tuple[str, jax.Array], right: tuple[str, jax.Array], result: str, dtype: Any
+    ) -> jax.Array:
+        """The product of two arrays with named axes; divided as they are on explicit meshes."""
+        sharding = None
+        if _meshes.is_explicit(left[1]) or _meshes.is_explicit(right[1]):
+            along = {
+                letter: axis
+                for letters, array in (right, left)
+                for letter, axis in zip(
+                    letters, _meshes.division(array, range(array.ndim)), strict=True
+                )
+            }
+            sharding = _meshes.spec(tuple(along[letter] for letter in result))
+        return jnp.einsum(
+            f"{left[0]},{right[0]}->{result}",
+            left[1],
+            right[1],
+            precision=self.precision,
+            preferred_element_type=dtype,
+            out_sharding=sharding,
+        )
 
 
 _RANK = "Z"  # the letter of the sketch's last axis
@@ -413,12 +434,12 @@ class Lookup:
             inserted_window_dims=(0,),
             scatter_dims_to_operand_dims=(0,),
         )
-        if not _jaxprs.varying(rows) - _jaxprs.varying(total):
+        if not _meshes.varying(rows) - _meshes.varying(total):
             return jax.lax.scatter_add(total, other, rows, numbers, mode=self.mode)
         # Every device of a shard_map has rows of its own.
-        own = _jaxprs.varying_as(jnp.zeros_like(total), rows)
+        own = _meshes.varying_as(jnp.zeros_like(total), rows)
         own = jax.lax.scatter_add(own, other, rows, numbers, mode=self.mode)
-        return total + _jaxprs.summed_to(own, total)
+        return total + _meshes.summed_to(own, total)
 
 
 class Source(NamedTuple):

@@ -14,7 +14,12 @@ import florax
 CLOSE = dict(rtol=1e-5, atol=2e-6)
 
 # What the leaves are divided along; the matrices of the stack are projected on their first side.
-DIVISION = {"bias": P("data"), "layers": P(None, "data", "model")}
+DIVISIONS = {
+    "rows": {"bias": P(), "layers": P(None, None, "model")},
+    "columns": {"bias": P("model"), "layers": P(None, "data", None)},
+    "rows_and_columns": {"bias": P("data"), "layers": P(None, "data", "model")},
+    "stack": {"bias": P(), "layers": P("data", None, None)},
+}
 EVERY_AXIS = P(("data", "model"))
 
 
@@ -32,10 +37,20 @@ def place(tree, mesh, specs):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
+def divisions(tree):
+    """The part of JAX's types that says along which axes of the mesh each leaf is divided."""
+    return jax.tree.map(lambda x: str(jax.typeof(x)), tree)  # as in float32[12@model,8]
+
+
 def scaled(grads):
     """Eight trees of gradients whose mean is `grads`."""
     weights = jnp.arange(8) / 3.5
     return jax.tree.map(lambda g: weights.reshape(8, *[1] * g.ndim) * g, grads)
+
+
+@pytest.fixture(params=DIVISIONS.values(), ids=DIVISIONS.keys())
+def specs(request):
+    return request.param
 
 
 def test_data_parallel_replicas_stay_equal(tx, run, params, gradients):
@@ -80,12 +95,36 @@ def test_devices_can_accumulate_on_their_own_and_share_only_sketches(params, gra
     chex.assert_trees_all_close(state, expected_state, **CLOSE)
 
 
-def test_divided_parameters_are_updated_as_whole_ones_are(tx, run, params, gradients):
-    mesh = make_mesh(AxisType.Auto)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_divided_parameters_are_updated_as_whole_ones_are(tx, run, params, gradients, axis_type):
+    mesh, specs = make_mesh(axis_type), DIVISIONS["rows_and_columns"]
     with jax.set_mesh(mesh):
-        params, *gradients = (place(tree, mesh, DIVISION) for tree in (params, *gradients))
+        params, *gradients = (place(tree, mesh, specs) for tree in (params, *gradients))
         update = jax.jit(tx.update)
         state = jax.jit(tx.init)(params)
         for grads, expected in zip(gradients, run.updates, strict=True):
             updates, state = update(grads, state, params)
             chex.assert_trees_all_close(updates, {n: expected[n] for n in params}, **CLOSE)
+
+
+def test_on_explicit_meshes_updates_are_divided_like_their_parameters(tx, params, specs):
+    mesh = make_mesh(AxisType.Explicit)
+
+    def step(params):
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert divisions(updates) == divisions(params)
+
+    with jax.set_mesh(mesh):
+        jax.eval_shape(step, place(params, mesh, specs))
+
+
+def test_on_explicit_meshes_an_update_does_not_change_how_a_state_is_divided(tx, params, specs):
+    mesh = make_mesh(AxisType.Explicit)
+
+    def step(params):
+        state = tx.init(params)
+        _, new_state = tx.update(params, state, params)
+        assert divisions(new_state) == divisions(state)
+
+    with jax.set_mesh(mesh):
+        jax.eval_shape(step, place(params, mesh, specs))

@@ -1,0 +1,66 @@
+"""How arrays are divided among devices, where that is part of their types.
+
+On a mesh with explicit axes a type says along which axes of the mesh an array is divided; inside
+`jax.shard_map` it says along which the devices have values of their own. Where axes are automatic
+types say nothing, XLA decides, and nothing here does anything.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+Division = tuple[Any, ...]
+
+
+def division(array: jax.Array, axes: Sequence[int]) -> Division:
+    """Per axis named the axes of the explicit mesh that it is divided along; None for none."""
+    spec = tuple(jax.typeof(array).sharding.spec)
+    return tuple(spec[axis] if axis < len(spec) else None for axis in axes)
+
+
+def is_explicit(array: jax.Array) -> bool:
+    """Whether the type of `array` belongs to a mesh with explicit axes."""
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+
+
+def divide(array: jax.Array, along: Division) -> jax.Array:
+    """Divide the leading axes of `array` on an explicit mesh; the others are replicated."""
+    if all(axis is None for axis in along):
+        return array
+    return _reshard(array, along)
+
+
+def divide_as(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Divide `array` as one of the same shape is divided."""
+    own, wanted = (division(x, range(array.ndim)) for x in (array, like))
+    return array if own == wanted else _reshard(array, wanted)
+
+
+def spec(along: Division) -> PartitionSpec:
+    """The specification that divides the axes of an array so."""
+    return PartitionSpec(*along)  # type: ignore[no-untyped-call]
+
+
+def _reshard(array: jax.Array, along: Division) -> jax.Array:
+    resharded: jax.Array = jax.sharding.reshard(array, spec(along))  # type: ignore[no-untyped-call]
+    return resharded
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The axes of a `shard_map` along which the devices have values of their own."""
+    axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
+    return axes
+
+
+def varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, to be given values of its own wherever `like` has some."""
+    axes = varying(like) - varying(x)
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def summed_to(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` summed over the devices that have one value of `like` between them."""
+    axes = varying(x) - varying(like)
+    return jax.lax.psum(x, tuple(axes)) if axes else x  # type: ignore[no-untyped-call]
