@@ -1,14 +1,16 @@
 """Train a small GPT-2 to translate German, with accumulation and momentum kept in three ways.
 
-    python examples/gpt2.py                            # all three: minutes on two CPU cores
-    python examples/gpt2.py --method flora --rank 20   # one of them, other settings
+    python examples/gpt2.py                             # all three: minutes on two CPU cores
+    python examples/gpt2.py --method flora --rank 20    # one of them, other settings
+    python examples/gpt2.py --method flora --layerwise  # a block at a time
     python examples/gpt2.py --help
 
 Each update learns from 64 sentence pairs, which come as 4 micro-batches of 16:
 
     none   Adafactor, an update for every micro-batch: no accumulator and no momentum, the floor
     full   gradients accumulated over the micro-batches, Adafactor, momentum: both at full size
-    flora  the same, but accumulator and momentum of the weight matrices are random sketches
+    flora  the same, but accumulator and momentum of the weight matrices are random sketches,
+           and so are their gradients: none of full size exists
 
 All see the same sentences in the same order. What comes out: a few held-out translations, a table
 of memory, time and quality, and in the output folder the loss curves and the figures of the table.
@@ -36,6 +38,7 @@ from tqdm import tqdm
 import florax
 from common.comparison import Curve, format_table, human, plot_curves, tree_bytes
 from common.decoding import greedy
+from common.losses import chunked_cross_entropy
 from common.text import Pair, pad, read_pairs, shuffled, train_tokenizer
 from models.gpt2 import GPT2, GPT2Config, init_cache
 
@@ -47,7 +50,8 @@ PAD, SEP, EOS = range(3)
 # Each the best of 0.5, 1, 2, 4 and 8 times 1e-3, by the validation loss after 2,000 updates.
 LEARNING_RATES = {"none": 1e-3, "full": 2e-3, "flora": 2e-3}
 TRANSLATION_TOKENS = 16  # at most; hardly an English sentence of the data has more
-LOG_EVERY = 20  # micro-steps; to read a loss is to wait for it
+LOGITS = 1024  # tokens that have them at once; with GPT-2's own vocabulary 200 MiB
+LOG_EVERY = 5  # updates; to read a loss is to wait for it
 EVALUATIONS = 10  # of the validation loss along a run
 SHOWN = 8  # translations
 
@@ -73,10 +77,12 @@ class Settings:
     learning_rate: float | None = None  # at its peak; None: the best of a sweep, per method
     warmup: float = 0.05  # share of the updates; Adafactor's first second moments are rough
     decay: float = 0.9  # of the momentum
+    layerwise: bool = False  # a block at a time, the least memory; for `none` and `flora`
 
     # FLORA.
     rank: int = 40  # a quarter of the width, so that a sketch is a quarter of its matrix
     resample_every: int = 100  # updates that share a projection of the momentum
+    gradients: Literal["sketched", "dense"] = "sketched"  # or compressed once they exist
 
     def __post_init__(self):
         sizes = "length n_layer n_embd n_head updates micro_batch accumulate rank resample_every"
@@ -96,6 +102,13 @@ class Settings:
             raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
         if self.rank >= self.n_embd:
             raise ValueError(f"rank={self.rank} saves nothing: lower it below n_embd={self.n_embd}")
+        if self.layerwise and self.method in ("full", "all"):
+            raise ValueError(
+                f"layerwise never has all gradients, which method={self.method} accumulates at "
+                "full size: choose --method none or --method flora"
+            )
+        if self.layerwise and self.method == "flora" and self.gradients == "dense":
+            raise ValueError("layerwise needs gradients=sketched, got gradients=dense")
         for split in SPLITS:
             if not (file := self.data / f"{split}.jsonl.gz").is_file():
                 raise ValueError(f"there is no {file}; data must name a folder of sentence pairs")
@@ -182,8 +195,8 @@ def token_losses(model: GPT2, rows: Array) -> tuple[Array, Array]:
     """The loss of each target token, zero elsewhere, and which tokens count; (B, length - 1)."""
     inputs, labels = rows[:, :-1], rows[:, 1:]
     counts = (jnp.cumsum(inputs == SEP, axis=1) > 0) & (labels != PAD)
-    logits, _ = model(inputs)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    features, _ = model.features(inputs)
+    losses = chunked_cross_entropy(model.logits, features, labels, LOGITS)
     return jnp.where(counts, losses, 0.0), counts
 
 
@@ -206,39 +219,50 @@ class Trained(NamedTuple):
 def train(
     settings: Settings, method: str, graphdef: nnx.GraphDef, params: nnx.State, data: Data
 ) -> Trained:
-    tx = make_optimizer(settings, method)
+    s = settings
+    tx = make_optimizer(s, method)
 
     def loss_fn(params: nnx.State, rows: Array) -> Array:
         losses, counts = token_losses(nnx.merge(graphdef, params), rows)
         return losses.sum() / counts.sum()
 
-    def train_step(params: nnx.State, state: Any, rows: Array) -> tuple[nnx.State, Any, Array]:
+    def train_step(params: nnx.State, state: Any, rows: Array) -> tuple[Array, nnx.State, Any]:
         loss, grads = jax.value_and_grad(loss_fn)(params, rows)
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        return loss, optax.apply_updates(params, updates), state
+
+    # Gradients that are born as sketches are summed as such: then a step is a whole update.
+    whole_update = method == "flora" and s.gradients == "sketched"
+    init, step = lambda params, rows: tx.init(params), train_step
+    if s.layerwise:
+        init, step = florax.layerwise_value_and_update(loss_fn, tx)
+    elif whole_update:
+        step = florax.value_and_update(loss_fn, tx)
 
     rows = data.rows["train"]
-    batches = shuffled(len(rows), settings.micro_batch, settings.seed)
+    batches = shuffled(len(rows), s.micro_batch, s.seed)
+    shape = (s.accumulate, s.micro_batch, s.length) if whole_update else (s.micro_batch, s.length)
+    batch = jax.ShapeDtypeStruct(shape, rows.dtype)
     params = jax.tree.map(jnp.copy, params)  # the step reuses the memory of what it is given
-    state = tx.init(params)
-    jitted = jax.jit(train_step, donate_argnums=(0, 1))
-    compiled = jitted.lower(params, state, rows[: settings.micro_batch]).compile()
+    state = init(params, batch)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
 
-    steps = settings.updates * settings.accumulate
-    evaluations = {steps * i // EVALUATIONS for i in range(1, EVALUATIONS + 1)}
+    evaluations = {s.updates * i // EVALUATIONS for i in range(1, EVALUATIONS + 1)}
     curve, losses, seconds, start = Curve([], []), [], 0.0, time.perf_counter()
-    with tqdm(total=steps, desc=f"{method:5}", unit=" micro-batches") as bar:
-        for step in range(1, steps + 1):
-            params, state, loss = compiled(params, state, rows[next(batches)])
-            losses.append(loss)
-            seen = step * settings.micro_batch
-            if step % LOG_EVERY == 0 or step in evaluations:
+    with tqdm(total=s.updates * s.accumulate, desc=f"{method:5}", unit=" micro-batches") as bar:
+        for update in range(1, s.updates + 1):
+            micro_batches = np.stack([rows[next(batches)] for _ in range(s.accumulate)])
+            for batch in [micro_batches] if whole_update else micro_batches:
+                loss, params, state = compiled(params, state, batch)
+                losses.append(loss)
+            seen = update * s.accumulate * s.micro_batch
+            if update % LOG_EVERY == 0 or update in evaluations:
                 mean_loss = float(np.mean(jax.device_get(losses)))
                 curve.train.append((seen, mean_loss))
                 bar.set_postfix(loss=f"{mean_loss:.2f}", refresh=False)
-                bar.update(len(losses))
+                bar.update(update * s.accumulate - bar.n)
                 losses = []
-            if step in evaluations:
+            if update in evaluations:
                 seconds += time.perf_counter() - start
                 heldout = heldout_loss(graphdef, params, data.rows["validation"])
                 curve.heldout.append((seen, float(heldout)))
@@ -295,7 +319,10 @@ def main(settings: Settings) -> None:
         n_layer=s.n_layer,
         n_head=s.n_head,
     )
-    graphdef, params = nnx.split(GPT2(config, rngs=nnx.Rngs(s.seed)))
+    model = GPT2(config, rngs=nnx.Rngs(s.seed))
+    if s.layerwise:
+        model.stack()  # florax finds the scan over the blocks
+    graphdef, params = nnx.split(model)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters")
 
     references = [pair.target for pair in data.pairs["test"]]

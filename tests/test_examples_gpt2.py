@@ -2,6 +2,7 @@
 # ruff: noqa: E402  what the examples import may not be installed
 
 import dataclasses
+import functools
 import gzip
 import json
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 for requirement in ("flax", "matplotlib", "sacrebleu", "tokenizers", "tqdm", "tyro"):
@@ -31,8 +33,10 @@ SPLITS = ("train", "validation", "test")
 
 from flax import nnx
 
+import gpt2
 from common.comparison import format_table, human
 from common.decoding import greedy
+from common.losses import chunked_cross_entropy
 from common.text import read_pairs, shuffled, train_tokenizer
 from models.gpt2 import GPT2, GPT2Config, init_cache
 
@@ -119,6 +123,24 @@ def test_greedy_with_a_cache_equals_the_whole_forward_pass_for_every_token(model
     eos = expected[0, 4]
     ended = np.cumsum(expected == eos, axis=1) - (expected == eos) > 0
     np.testing.assert_array_equal(decode(padded, eos), np.where(ended, 0, expected))
+
+
+def test_stacked_blocks_give_the_same_logits_and_the_same_translations(model):
+    stacked = nnx.clone(model)
+    stacked.stack()
+    ids = jax.random.randint(jax.random.key(0), (2, 5), 1, TINY.vocab_size)
+
+    def forward_and_decode(model):
+        cache = init_cache(TINY, 2, 8)
+        return model(ids)[0], greedy(model, cache, ids, ids > 0, 3, eos=None, pad=0)
+
+    outputs = [nnx.jit(forward_and_decode)(m) for m in (model, stacked)]
+    for one, other in zip(*outputs, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+    assert stacked.h.attn.c_attn.kernel.shape == (TINY.n_layer, 16, 48)
+    stacked.unstack()
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(stacked))
 
 
 def test_model_refuses_what_it_has_no_positions_for(model):
@@ -232,6 +254,40 @@ def test_every_epoch_shows_every_row_once_in_a_new_order():
     assert list(np.concatenate([next(again), next(again)])) == list(epochs[0])
     with pytest.raises(ValueError, match="batch of 11"):
         next(shuffled(size=10, batch=11, seed=0))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 14, 100])
+def test_chunked_cross_entropy_equals_the_plain_one(chunk):
+    keys = jax.random.split(jax.random.key(0), 3)
+    weight = jax.random.normal(keys[0], (8, 30))
+    features = jax.random.normal(keys[1], (2, 7, 8))
+    labels = jax.random.randint(keys[2], (2, 7), 0, 30)
+
+    def plain(features, weight):
+        return optax.softmax_cross_entropy_with_integer_labels(features @ weight, labels)
+
+    def chunked(features, weight):
+        return chunked_cross_entropy(lambda x: x @ weight, features, labels, chunk)
+
+    (expected, expected_pull), (losses, pull) = (
+        jax.vjp(function, features, weight) for function in (plain, chunked)
+    )
+    # A loss is a logarithm of 30 exponentials; a gradient sums 14 tokens.
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6)
+    close(losses, expected)
+    seeds = jnp.arange(14.0).reshape(2, 7) / 14
+    jax.tree.map(close, pull(seeds), expected_pull(seeds))
+
+
+def test_no_array_of_chunked_cross_entropy_has_all_logits():
+    def loss(features, weight):
+        labels = jnp.zeros(64, jnp.int32)
+        return chunked_cross_entropy(lambda x: x @ weight, features, labels, 8).sum()
+
+    arrays = jnp.zeros((64, 16)), jnp.zeros((16, 1000))
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
+    # Some of the size of the logits of 8 tokens, where those of 64 take 256,000 bytes.
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 1000 * 4
 
 
 def test_table_is_aligned():
@@ -351,6 +407,58 @@ def test_one_row_alone_repeats_its_figures(comparison, few_pairs, tmp_path):
         assert first[name] == second[name], name
 
 
+@pytest.fixture(scope="module")
+def short_run(few_pairs):
+    """Train for a few updates: what `gpt2.train` returns, with blocks one by one."""
+    sizes = {"vocab_size": 300, "length": 48, "n_layer": 2, "n_embd": 32, "n_head": 2, "rank": 8}
+    settings = gpt2.Settings(data=few_pairs, updates=5, learning_rate=0.01, **sizes)
+    data = gpt2.load_data(settings)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+
+    @functools.cache
+    def run(method, **changes):
+        own = dataclasses.replace(settings, method=method, **changes)
+        model = nnx.jit(lambda: GPT2(config, rngs=nnx.Rngs(0)))()
+        if own.layerwise:
+            model.stack()
+        return gpt2.train(own, method, *nnx.split(model), data)
+
+    return run
+
+
+def assert_same_curves(one, other):
+    for losses, others in zip(one.curve, other.curve, strict=True):
+        np.testing.assert_allclose(losses, others, rtol=1e-4)
+
+
+def test_sketched_and_dense_gradients_train_alike(short_run):
+    sketched, dense = short_run("flora"), short_run("flora", gradients="dense")
+    assert_same_curves(sketched, dense)
+    assert sketched.accumulator_bytes == dense.accumulator_bytes
+
+
+def test_layerwise_without_accumulation_is_the_ordinary_adafactor(short_run):
+    ordinary, layerwise = short_run("none"), short_run("none", layerwise=True)
+    assert_same_curves(ordinary, layerwise)
+    assert layerwise.temporary_bytes < ordinary.temporary_bytes
+
+
+def test_layerwise_accumulates_in_less_memory_than_the_ordinary_flora(short_run):
+    ordinary, layerwise = short_run("flora"), short_run("flora", layerwise=True)
+    # With projections of its own, so only about the same losses.
+    assert layerwise.curve.heldout[-1][1] < ordinary.curve.heldout[0][1]
+    assert layerwise.accumulator_bytes == ordinary.accumulator_bytes
+    assert layerwise.temporary_bytes < ordinary.temporary_bytes
+
+
+def test_layerwise_translates(few_pairs, tmp_path, capsys):
+    sizes = {"vocab_size": 300, "length": 48, "n_layer": 2, "n_embd": 32, "n_head": 2, "rank": 8}
+    options = {"method": "flora", "layerwise": True, "updates": 2, "output": tmp_path}
+    gpt2.main(gpt2.Settings(data=few_pairs, **options, **sizes))
+    (run,) = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert 0 <= run["bleu"] <= 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -364,6 +472,9 @@ def test_one_row_alone_repeats_its_figures(comparison, few_pairs, tmp_path):
         (["--length", "5"], "length=5 leaves"),
         (["--output", __file__], "cannot be a folder"),
         (["--metod", "full"], "--metod"),
+        (["--layerwise"], "method=all accumulates at full size: choose --method none or"),
+        (["--layerwise", "--method", "full"], "layerwise never has all gradients"),
+        (["--layerwise", "--method=flora", "--gradients=dense"], "needs gradients=sketched"),
     ],
 )
 def test_mistakes_are_explained_in_a_sentence(arguments, message, monkeypatch, capsys, tmp_path):

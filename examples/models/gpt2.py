@@ -6,8 +6,9 @@ In shapes, B is the batch, T the tokens of this call, S the slots of the cache, 
 """
 
 import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,39 @@ class GPT2(nnx.Module):
         self.h = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
         self.ln_f = _layer_norm(config, rngs=rngs)
 
-    def __call__(
+    def stack(self) -> None:
+        """Make `h` one block whose arrays have a leading axis of layers, and scan over them.
+
+        Compiles once for all layers, and keeps no activations inside of them: the backward pass
+        computes those again, a layer at a time.
+        """
+        graphdefs, params = zip(*map(nnx.split, self.blocks()), strict=True)
+        self.h = nnx.merge(graphdefs[0], jax.tree.map(lambda *x: jnp.stack(x), *params))
+
+    def unstack(self) -> None:
+        """Make `h` a list of blocks again, with the names of the checkpoints."""
+        self.h = nnx.List(self.blocks())
+
+    def blocks(self) -> list[Block]:
+        """The blocks one by one, stacked or not."""
+        if isinstance(self.h, nnx.List):
+            return list(self.h)
+        graphdef, params = nnx.split(self.h)
+        layers = range(self.config.n_layer)
+        return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], params)) for i in layers]
+
+    def __call__(self, ids: Array, **options: Any) -> tuple[Array, list[KeyValue] | None]:
+        """Logits for the token after each of `ids`, shape (B, T, V); for the rest see `features`.
+
+        `logits(x)` makes them of some features `x`, where all at once would be too many.
+        """
+        x, cache = self.features(ids, **options)
+        return self.logits(x), cache
+
+    def logits(self, features: Array) -> Array:
+        return self.wte.attend(features)  # (..., V)
+
+    def features(
         self,
         ids: Array,
         *,
@@ -114,7 +147,7 @@ class GPT2(nnx.Module):
         mask: Array | None = None,
         cache: list[KeyValue] | None = None,
     ) -> tuple[Array, list[KeyValue] | None]:
-        """Logits for the token after each of `ids`, and the cache with `ids` added.
+        """What the head sees of each of `ids`, and the cache with `ids` added.
 
         Args:
           ids: tokens, shape (B, T), int32.
@@ -125,7 +158,7 @@ class GPT2(nnx.Module):
             to attend to all tokens so far at positions up to the own one.
 
         Returns:
-          Logits, shape (B, T, V), and the new cache (None without one). What stands in the rows
+          Features, shape (B, T, C), and the new cache (None without one). What stands in the rows
           of padding means nothing.
         """
         length = ids.shape[1]
@@ -147,12 +180,26 @@ class GPT2(nnx.Module):
             attend = jnp.arange(size) <= positions[:, None, :, None]  # (B, 1, T, S)
 
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
-        new_cache = []
-        for i, block in enumerate(self.h):
-            x, layer_cache = block(x, attend, None if cache is None else cache[i], slots)
-            new_cache.append(layer_cache)
-        logits = self.wte.attend(self.ln_f(x))  # (B, T, V)
-        return logits, None if cache is None else new_cache
+        if cache is not None:
+            new_cache = []
+            for block, layer_cache in zip(self.blocks(), cache, strict=True):
+                x, layer_cache = block(x, attend, layer_cache, slots)
+                new_cache.append(layer_cache)
+            return self.ln_f(x), new_cache
+
+        if isinstance(self.h, nnx.List):
+            for block in self.h:
+                x, _ = block(x, attend, None, slots)
+        else:
+            graphdef, params = nnx.split(self.h)
+
+            # Between forward and backward pass only what enters a layer is kept.
+            @functools.partial(jax.checkpoint, prevent_cse=False)  # needless in a scan
+            def layer(x: Array, params: nnx.State) -> tuple[Array, None]:
+                return nnx.merge(graphdef, params)(x, attend, None, slots)
+
+            x, _ = jax.lax.scan(layer, x, params)
+        return self.ln_f(x), None
 
 
 def _linear(

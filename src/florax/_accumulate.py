@@ -410,52 +410,56 @@ def _update_and_apply(
         opt: optax.GradientTransformationExtraArgs,
         leaves: list[_leaves.Leaf],
         kept: list[jax.Array],
-        key: jax.Array,
+        keys: list[jax.Array],
         params: optax.Params,
         inner: optax.OptState,
     ) -> tuple[optax.Params, optax.OptState]:
-        drawn = _leaves.draw(tuple(leaves), key, state.gradient_step)
+        drawn = _leaves.draw_from(tuple(leaves), keys)
         gradients = [
             functools.partial(_decompress, leaf, a, param)
             for leaf, a, param in zip(leaves, drawn, jax.tree.leaves(params), strict=True)
         ]
         return _leafwise.update_and_apply(opt, gradients, kept, inner, params, extra_args)
 
+    keys = _leaves.matrix_keys(leaves, state.key, state.gradient_step)
     if not isinstance(opt.update, _per_layer.Update):
-        return update(opt, list(leaves), kept, state.key, params, inner)
+        return update(opt, list(leaves), kept, keys, params, inner)
 
     opt, stacks = opt.update.opt, inner.stacks
 
-    def part(stack: int | None) -> tuple[list[_leaves.Leaf], list[jax.Array], optax.Params]:
+    def part(stack: int | None) -> tuple[list[_leaves.Leaf], list[jax.Array], list[jax.Array]]:
         numbers = [i for i, own in enumerate(stacks.of_leaves) if own == stack]
-        own_params = stacks.select(params, stack)
-        return [leaves[i] for i in numbers], [kept[i] for i in numbers], own_params
+        return [leaves[i] for i in numbers], [kept[i] for i in numbers], [keys[i] for i in numbers]
 
     parts: dict[int | None, Any] = {}
-    own_leaves, own_kept, own_params = part(None)
-    parts[None], rest = update(opt, own_leaves, own_kept, state.key, own_params, inner.rest)
+    parts[None], rest = update(opt, *part(None), stacks.select(params, None), inner.rest)
     layers = []
     for stack, own in enumerate(inner.layers):
-        own_leaves, own_kept, own_params = part(stack)
+        own_leaves, own_kept, own_keys = part(stack)
+        layer_leaves = [leaf.layer() for leaf in own_leaves]
+        height = stacks.heights[stack]
+        # Dense leaves have one key, which no layer needs.
+        own_keys = [
+            k.reshape(height, -1, 2) if leaf.rank else jnp.zeros((height, 0), k.dtype)
+            for k, leaf in zip(own_keys, own_leaves, strict=True)
+        ]
 
         def layer(
             index: jax.Array,
             carry: Any,
-            own_leaves: list[_leaves.Leaf] = own_leaves,
-            own_kept: list[jax.Array] = own_kept,
+            layer_leaves: list[_leaves.Leaf] = layer_leaves,
+            fixed: Any = (own_kept, own_keys),
         ) -> Any:
-            sketches, (layer_params, layer_state) = jax.tree.map(
-                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), (own_kept, carry)
+            (sketches, layer_keys), (layer_params, layer_state) = jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), (fixed, carry)
             )
-            layer_leaves = [leaf.layer() for leaf in own_leaves]
-            key = _leaves.fold(state.key, index)
-            new = update(opt, layer_leaves, sketches, key, layer_params, layer_state)
+            new = update(opt, layer_leaves, sketches, layer_keys, layer_params, layer_state)
             return jax.tree.map(
                 lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, index, 0), carry, new
             )
 
         # A loop that carries the stacks updates them in place; a scan would make new ones.
-        height = stacks.heights[stack]
+        own_params = stacks.select(params, stack)
         parts[stack], own = jax.lax.fori_loop(0, height, layer, (own_params, own))
         layers.append(own)
     merged = stacks.merge(jax.tree.structure(params), parts)

@@ -192,6 +192,11 @@ def draw(
     A matrix's projection depends on the base key, the path of its leaf, its index in the stack and
     the cycle, and on nothing else: not on other leaves, the sharding or the number of devices.
     """
+    return draw_from(leaves, matrix_keys(leaves, key, cycle))
+
+
+def draw_from(leaves: tuple[Leaf, ...], keys: list[jax.Array]) -> list[jax.Array | None]:
+    """The same from the keys of the leaves' matrices."""
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if leaf.rank is not None:
@@ -202,9 +207,6 @@ def draw(
     # whose layers are not stacked has hundreds of leaves. Without the barrier XLA fuses the draw
     # into every slice of it: minutes of compilation on a GPU where it now takes seconds.
     drawn: list[jax.Array | None] = [None] * len(leaves)
-    compressed = [i for members in groups.values() for i in members]
-    own_keys = matrix_keys(tuple(leaves[i] for i in compressed), key, cycle)
-    keys = dict(zip(compressed, own_keys, strict=True))
     for (_, rank, columns), members in groups.items():
         stacked = jnp.concatenate([keys[i] for i in members])
         drawn_matrices = jax.vmap(leaves[members[0]].draw_matrix)(stacked)
