@@ -1,0 +1,137 @@
+"""How many bytes of gradients do eight data-parallel devices all-reduce in a micro-step?
+
+    python benchmarks/allreduce.py --model gpt2
+
+Counted in the program that XLA compiles for eight host devices, all-reduces inside of loops as
+often as the loop runs. Only the compressed leaves, attention and feed-forward, are differentiated:
+the others have the same gradients with and without florax.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import florax
+import models
+import results
+
+DEVICES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    model: Literal[tuple(models.SHAPES)] = "gpt2"  # type: ignore[valid-type]
+    rank: int = 256
+    results: Path = results.FOLDER  # folder for the JSON
+
+
+def measure(s: Settings) -> dict[str, Any]:
+    shape = models.SHAPES[s.model]
+    params = models.parameter_shapes(shape, jnp.float32)
+
+    def take(compressed: bool) -> Any:
+        def leaf_or_none(path: tuple, leaf: Any) -> Any:
+            return leaf if florax.attention_and_feed_forward(path, leaf) == compressed else None
+
+        return jax.tree_util.tree_map_with_path(leaf_or_none, params)
+
+    matrices, others = take(True), take(False)
+    tx = florax.flora_accumulate(florax.per_layer(optax.sgd(1.0), models.is_stacked), 1, s.rank)
+    state = jax.eval_shape(tx.init, matrices)
+
+    def loss_fn(matrices: Any, others: Any, batch: Any) -> jax.Array:
+        params = jax.tree.map(
+            lambda a, b: b if a is None else a, matrices, others, is_leaf=lambda x: x is None
+        )
+        return models.loss(shape, params, batch)
+
+    def dense(matrices: Any, state: Any, others: Any, batch: Any) -> Any:
+        return jax.value_and_grad(loss_fn)(matrices, others, batch)
+
+    def sketched(matrices: Any, state: Any, others: Any, batch: Any) -> Any:
+        return florax.value_and_grad(loss_fn)(matrices, others, batch, opt_state=state)
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")), "data")
+    replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    batch = models.batch_shapes(shape, DEVICES, 128, 128)
+
+    def reduced(step: Any) -> int:
+        jitted = jax.jit(step, in_shardings=(replicated, replicated, replicated, split))
+        text = jitted.lower(matrices, state, others, batch).compile().as_text()
+        return all_reduced_bytes(text)
+
+    leaves = [leaf.shape for leaf in jax.tree.leaves(matrices)]
+    kept = sum(math.prod(shape) * s.rank / min(shape[1:]) for shape in leaves)
+    return {
+        "dense_bytes": reduced(dense),
+        "sketched_bytes": reduced(sketched),
+        "rank_over_side": kept / sum(map(math.prod, leaves)),
+    }
+
+
+def all_reduced_bytes(text: str) -> int:
+    """Bytes of the results of all collectives in the text of a compiled program."""
+    computations = re.findall(r"^(ENTRY )?%?([\w.-]+) .*\{\n((?: .*\n)*)\}", text, re.M)
+    bodies = {name: body for _, name, body in computations}
+
+    def count(name: str) -> int:
+        total = 0
+        for line in bodies[name].splitlines():
+            if collective := re.search(rf" = (.*?) (?:{COLLECTIVES})(?:-start)?\(", line):
+                total += array_bytes(collective[1])
+            elif loop := re.search(
+                r" while\(.*body=%?([\w.-]+).*known_trip_count\W+n\W+(\d+)", line
+            ):
+                total += int(loop[2]) * count(loop[1])
+            else:
+                total += sum(map(count, re.findall(r"(?:to_apply|calls)=%?([\w.-]+)", line)))
+        return total
+
+    return next(count(name) for entry, name, _ in computations if entry)
+
+
+LOOP = r" while\(.*body=%?([\w.-]+).*known_trip_count\W+n\W+(\d+)"
+COLLECTIVES = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
+
+
+def array_bytes(types: str) -> int:
+    """Of one or more types as in `f32[1024,32]{1,0}`."""
+    arrays = re.findall(r"[a-z](\d+)\[([\d,]*)\]", types.replace("bf", "f"))
+    return sum(int(n) // 8 * math.prod(int(i) for i in axes.split(",") if i) for n, axes in arrays)
+
+
+def main(s: Settings) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    os.environ["FLORAX_DEVICE"] = f"{DEVICES} × cpu"
+    settings = {"model": s.model, "rank": s.rank}
+    print(table([results.get(s.results, "allreduce", settings, lambda: measure(s))]))
+
+
+def excess(row: dict[str, Any]) -> float:
+    """Bytes all-reduced over what r / min(n, m) predicts."""
+    return row["sketched_bytes"] / row["dense_bytes"] / row["rank_over_side"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    header = ["gradients of", "rank", "dense MiB", "sketched MiB", "ratio", "r / min(n, m)"]
+    cells = []
+    for r in rows:
+        dense, sketched = r["dense_bytes"], r["sketched_bytes"]
+        sizes = [f"{x / 2**20:,.2f}" for x in (dense, sketched)]
+        ratios = [f"{sketched / dense:.4f}", f"{r['rank_over_side']:.4f}"]
+        cells.append([r["settings"]["model"], str(r["settings"]["rank"]), *sizes, *ratios])
+    return results.table(header, cells)
+
+
+if __name__ == "__main__":
+    main(results.settings(Settings, __doc__))

@@ -1,0 +1,127 @@
+"""The ways to train that the benchmarks compare, each a compiled call that is repeated.
+
+    none        Adafactor after every micro-batch: no accumulation, the floor of an ordinary step
+    full        gradients summed in float32 at full size, in a scan inside one jit
+    multisteps  the same by `optax.MultiSteps`: a jit call a micro-batch
+    dense       FLORA as in the paper: full-size gradients, each then added to sketches
+    sketched    `florax.value_and_update`: gradients born as sketches
+    layerwise   `florax.layerwise_value_and_update`, with FLORA momentum of the compressed
+                matrices, no accumulation
+    layerwise-accumulate   the same, with accumulation and without momentum
+    galore      `optax.contrib.galore`, no accumulation; within `florax.per_layer`, as it knows no
+                stacks of layers
+
+All but `galore`, which cannot take it and has Adam, have Adafactor as their base optimizer.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import florax
+import models
+from steps import Loss, dense, first, full_size, one_by_one
+
+METHODS = (
+    "none",
+    "full",
+    "multisteps",
+    "dense",
+    "sketched",
+    "layerwise",
+    "layerwise-accumulate",
+    "galore",
+)
+LEARNING_RATE = 1e-4
+
+
+class Method(NamedTuple):
+    """A way to train.
+
+    Attributes:
+      init: parameters -> state; shapes suffice under `jax.eval_shape`.
+      step: (params, state, micro-batches) -> (loss, params, state); not yet jitted.
+      micro_batches: how many a call of `step` takes, along a leading axis.
+      calls: calls of `step` for one update.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    micro_batches: int
+    calls: int
+
+
+def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str, batch: Any) -> Method:
+    """The method of this name, for a model of models.py.
+
+    Args:
+      name: one of `METHODS`.
+      loss_fn: of parameters and a micro-batch.
+      accumulate: micro-batches an update.
+      rank: of attention and feed-forward matrices; the others stay dense, as in the paper.
+      side: of a matrix, to be projected: "larger" or "smaller".
+      batch: the shapes of a micro-batch.
+    """
+    adafactor = optax.adafactor(LEARNING_RATE)
+
+    def ranks(path: tuple, leaf: Any) -> int | None:
+        return rank if florax.attention_and_feed_forward(path, leaf) else None
+
+    def matrices(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda *leaf: ranks(*leaf) is not None, tree)
+
+    if name == "none":
+        return Method(adafactor.init, one_by_one(loss_fn, adafactor), 1, 1)
+    if name == "full":
+        return Method(adafactor.init, full_size(loss_fn, adafactor), accumulate, 1)
+    if name == "multisteps":
+        tx = optax.MultiSteps(adafactor, accumulate).gradient_transformation()
+        return Method(tx.init, one_by_one(loss_fn, tx), 1, accumulate)
+    if name in ("dense", "sketched"):
+        layers = florax.per_layer(adafactor, models.is_stacked)
+        tx = florax.flora_accumulate(layers, accumulate, ranks, side=side)
+        step = dense(loss_fn, tx) if name == "dense" else florax.value_and_update(loss_fn, tx)
+        return Method(tx.init, step, accumulate, 1)
+    if name == "layerwise":
+        tx = optax.chain(adafactor, optax.masked(florax.flora_momentum(rank, side=side), matrices))
+        init, step = florax.layerwise_value_and_update(loss_fn, tx)
+        return Method(lambda p: init(p, batch), lambda p, s, b: step(p, s, first(b)), 1, 1)
+    if name == "layerwise-accumulate":
+        tx = florax.flora_accumulate(adafactor, accumulate, ranks, side=side)
+        init, step = florax.layerwise_value_and_update(loss_fn, tx)
+        batches = stacked_shapes(batch, accumulate)
+        return Method(lambda p: init(p, batches), step, accumulate, 1)
+    if name == "galore":
+        tx = florax.per_layer(galore(rank), models.is_stacked)
+        return Method(tx.init, one_by_one(loss_fn, tx), 1, 1)
+    raise ValueError(f"name must be one of {', '.join(METHODS)}; got {name!r}")
+
+
+def galore(rank: int) -> optax.GradientTransformation:
+    """Optax's GaLore, with Adam, of attention and feed-forward matrices."""
+
+    def dimension_numbers(tree: Any) -> Any:
+        def matrix(path: tuple, leaf: jax.Array) -> Any:
+            if florax.attention_and_feed_forward(path, leaf):
+                return optax.contrib.GaLoreDimensionNumbers()
+
+        return jax.tree_util.tree_map_with_path(matrix, tree)
+
+    tx = optax.contrib.galore(LEARNING_RATE, rank, weight_dimension_numbers=dimension_numbers)
+    name = jax.tree_util.keystr
+
+    def flat(tree: Any) -> dict[str, Any]:  # it takes no None, which `per_layer` puts for a leaf
+        return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(flat(grads), state, flat(params))
+        return jax.tree_util.tree_map_with_path(lambda path, _: updates[name(path)], grads), state
+
+    return optax.GradientTransformation(lambda params: tx.init(flat(params)), update)
+
+
+def stacked_shapes(batch: Any, count: int) -> Any:
+    """The shapes of `count` micro-batches, from those of one."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), batch)

@@ -1,0 +1,38 @@
+"""How long does a micro-step take, against full-size accumulation?
+
+    python benchmarks/speed.py --model gpt2 --methods full sketched
+
+A micro-step is an update's time divided by its micro-batches, the optimizer's own work included.
+The methods take turns, an update each, so that a change in the machine's clock meets all of them;
+the ratio is the median of those of the rounds.
+"""
+
+import dataclasses
+from typing import Any
+
+import results
+import timing
+import workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(workload.Workload):
+    rounds: int = 5  # updates of each method that count; one more, the first, does not
+
+
+def measure(s: Settings) -> dict[str, Any]:
+    running = {
+        name: workload.Running(workload.compile_method(s, name), s.shape.vocabulary)
+        for name in s.methods
+    }
+    return timing.take_turns({name: r.update for name, r in running.items()}, s.rounds)
+
+
+def main(s: Settings) -> None:
+    settings = s.settings() | {"methods": list(s.methods)}
+    row = results.get(s.results, "speed", settings, lambda: measure(s))
+    print(f"{s.title}; milliseconds a micro-step:\n{timing.table([row])}")
+
+
+if __name__ == "__main__":
+    main(results.settings(Settings, __doc__))
