@@ -41,7 +41,8 @@ class Workload:
     def title(self) -> str:
         rows = f"{self.source}→{self.length}" if self.shape.family == "t5" else f"{self.length}"
         accumulate = f"×{self.accumulate}"
-        return f"{self.model}, {self.dtype}, {self.batch}×{rows}, {accumulate}, r = {self.rank} of the {self.side} side"
+        rank = f"r = {self.rank} of the {self.side} side"
+        return f"{self.model}, {self.dtype}, {self.batch}×{rows}, {accumulate}, {rank}"
 
     def settings(self) -> dict[str, Any]:
         """What identifies a row of the results."""
