@@ -119,10 +119,11 @@ def test_a_step_is_the_loop_of_full_gradients_and_updates(base):
 
 
 def test_a_step_may_begin_with_what_was_accumulated_before():
-    tx = accumulate(ADAM, MICRO_BATCHES + 1)
+    tx = accumulate(ADAM, MICRO_BATCHES + 2)
     before = jax.tree.map(lambda x: x[0] + jnp.ones_like(x[0]), BATCHES)
     grads = jax.jit(jax.grad(loss_fn))(PARAMS, *before)
-    state = florax.accumulate(grads, tx.init(PARAMS))
+    accumulated = jax.jit(florax.accumulate)
+    state = accumulated(grads, accumulated(grads, tx.init(PARAMS)))
     got = step(tx)(PARAMS, state, *BATCHES)
     chex.assert_trees_all_close(got, loop(tx)(PARAMS, state, *BATCHES), **CLOSE)
     assert int(got[2].gradient_step) == 1

@@ -14,6 +14,7 @@ from jax.extend import core, source_info_util
 Jaxpr = core.Jaxpr
 Equation = core.JaxprEqn
 Literal = core.Literal
+Var = core.Var
 
 # Equations that run one inner program once, on their own operands.
 JIT = ("jit", "pjit", "closed_call")
@@ -29,23 +30,28 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequence[Any
 def trace_flat(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequence[Any], Any]:
     """As `trace`, with every jit inside inlined: its equations then stand one by one."""
     jaxpr, consts, shapes = trace(function, *args)
-
-    def inlined(jaxpr: Jaxpr, consts: Sequence[Any], *values: Any) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, values, strict=True))
-        for equation in jaxpr.eqns:
-            operands = read(env, equation.invars)
-            if equation.primitive.name in JIT:
-                results = inlined(*inner(equation), *operands)
-            else:
-                results = run(equation, operands)
-            env.update(zip(equation.outvars, results, strict=True))
-        return read(env, jaxpr.outvars)
-
-    flat, flat_consts, _ = trace(
-        lambda *leaves: inlined(jaxpr, consts, *leaves), *jax.tree.leaves(args)
-    )
+    leaves = jax.tree.leaves(args)
+    flat, flat_consts, _ = trace(lambda *leaves: run_program(jaxpr, consts, leaves), *leaves)
     return flat, flat_consts, shapes
+
+
+def run_program(
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    values: Sequence[Any],
+    inline: tuple[str, ...] = JIT,
+) -> list[Any]:
+    """Run a program equation by equation, and those named `inline` by their inner programs."""
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, values, strict=True))
+    for equation in jaxpr.eqns:
+        operands = read(env, equation.invars)
+        if equation.primitive.name in inline:
+            results = run_program(*inner(equation), operands, JIT)
+        else:
+            results = run(equation, operands)
+        env.update(zip(equation.outvars, results, strict=True))
+    return read(env, jaxpr.outvars)
 
 
 def abstractly(function: Callable[..., None], *args: Any) -> None:
@@ -91,12 +97,6 @@ def run(equation: Equation, values: Sequence[Any]) -> list[Any]:
     program = core.Jaxpr((), list(operands), equation.outvars, [equation], equation.effects, names)
     function = core.jaxpr_as_fun(core.ClosedJaxpr(program, ()))  # type: ignore[attr-defined]
     return list(function(*operands.values()))
-
-
-def run_program(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Run a whole program on the values of its operands."""
-    function = core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, consts))  # type: ignore[attr-defined]
-    return list(function(*values))
 
 
 def has_gradient(equation: Equation) -> bool:
@@ -172,19 +172,6 @@ def _forwarded_by_scan(equation: Equation) -> list[int | None]:
 def line(equation: Equation) -> str:
     """The line of the user's program that an equation comes from; empty inside JAX's functions."""
     return source_info_util.summarize(equation.source_info).rsplit("/", 1)[-1]
-
-
-def order(jaxpr: Jaxpr) -> list[tuple[int, ...]]:
-    """For every result when it is computed: positions that compare as the equations follow."""
-    made: dict[Any, tuple[int, ...]] = {}
-    for number, equation in enumerate(jaxpr.eqns):
-        name = equation.primitive.name
-        within: list[tuple[int, ...]] = [()] * len(equation.outvars)
-        if name in JIT or name in CHECKPOINT:
-            within = order(inner(equation)[0])
-        for var, position in zip(equation.outvars, within, strict=True):
-            made[var] = (number, *position)
-    return [() if isinstance(var, Literal) else made.get(var, ()) for var in jaxpr.outvars]
 
 
 def dependencies(jaxpr: Jaxpr, operands: Sequence[frozenset[int]]) -> list[frozenset[int]]:
