@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _checks, _leafwise, _leaves, _per_layer, _projection, _sketches
+from florax import _checks, _leafwise, _leaves, _meshes, _per_layer, _projection, _sketches
 
 ShouldSkip: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 
@@ -460,7 +460,8 @@ def _update_and_apply(
 
         # A loop that carries the stacks updates them in place; a scan would make new ones.
         own_params = stacks.select(params, stack)
-        parts[stack], own = jax.lax.fori_loop(0, height, layer, (own_params, own))
+        carry = jax.tree.map(_meshes.settle, (own_params, own))
+        parts[stack], own = jax.lax.fori_loop(0, height, layer, carry)
         layers.append(own)
     merged = stacks.merge(jax.tree.structure(params), parts)
     return merged, _per_layer.PerLayerState(tuple(layers), rest, stacks)

@@ -14,7 +14,6 @@ from jax.extend import core, source_info_util
 Jaxpr = core.Jaxpr
 Equation = core.JaxprEqn
 Literal = core.Literal
-Var = core.Var
 
 # Equations that run one inner program once, on their own operands.
 JIT = ("jit", "pjit", "closed_call")
@@ -35,19 +34,14 @@ def trace_flat(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequenc
     return flat, flat_consts, shapes
 
 
-def run_program(
-    jaxpr: Jaxpr,
-    consts: Sequence[Any],
-    values: Sequence[Any],
-    inline: tuple[str, ...] = JIT,
-) -> list[Any]:
-    """Run a program equation by equation, and those named `inline` by their inner programs."""
+def run_program(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """Run a program equation by equation, with every jit inside inlined."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
     for equation in jaxpr.eqns:
         operands = read(env, equation.invars)
-        if equation.primitive.name in inline:
-            results = run_program(*inner(equation), operands, JIT)
+        if equation.primitive.name in JIT:
+            results = run_program(*inner(equation), operands)
         else:
             results = run(equation, operands)
         env.update(zip(equation.outvars, results, strict=True))
@@ -172,6 +166,19 @@ def _forwarded_by_scan(equation: Equation) -> list[int | None]:
 def line(equation: Equation) -> str:
     """The line of the user's program that an equation comes from; empty inside JAX's functions."""
     return source_info_util.summarize(equation.source_info).rsplit("/", 1)[-1]
+
+
+def order(jaxpr: Jaxpr) -> list[tuple[int, ...]]:
+    """For every result when it is computed: positions that compare as the equations follow."""
+    made: dict[Any, tuple[int, ...]] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        name = equation.primitive.name
+        within: list[tuple[int, ...]] = [()] * len(equation.outvars)
+        if name in JIT or name in CHECKPOINT:
+            within = order(inner(equation)[0])
+        for var, position in zip(equation.outvars, within, strict=True):
+            made[var] = (number, *position)
+    return [() if isinstance(var, Literal) else made.get(var, ()) for var in jaxpr.outvars]
 
 
 def dependencies(jaxpr: Jaxpr, operands: Sequence[frozenset[int]]) -> list[frozenset[int]]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _accumulate, _jaxprs, _leafwise, _leaves, _per_layer, _steps
+from florax import _accumulate, _jaxprs, _leafwise, _leaves, _meshes, _per_layer, _steps
 
 
 def layerwise_value_and_update(
@@ -402,11 +402,6 @@ class _Step:
         consts, carry, data = (
             _jaxprs.read(self.env, own) for own in (const_vars, carry_vars, data_vars)
         )
-        # A layer that is one checkpoint is recomputed here anyway: its backward pass need not be
-        # one piece. Several checkpoints inside a layer stay.
-        names = [inner.primitive.name for inner in operands.body.eqns]
-        once = sum(name in _jaxprs.CHECKPOINT for name in names) == 1
-        inline = _jaxprs.JIT + _jaxprs.CHECKPOINT if once else _jaxprs.JIT
         # In flattening order, as the optimizer's tree has them.
         members = sorted(leaf for leaf, _ in weights.values())
 
@@ -423,7 +418,7 @@ class _Step:
                 for cast in casts:
                     (value,) = _jaxprs.run(cast, [value])
                 values.append(value)
-            outputs = _jaxprs.run_program(operands.body, operands.body_consts, values, inline)
+            outputs = _jaxprs.run_program(operands.body, operands.body_consts, values)
             return _where(moving, outputs[:count]), _where(is_kept, outputs[count:])
 
         def forward(carry: list[Any], xs: Any) -> Any:
@@ -484,10 +479,16 @@ class _Step:
                     own,
                     _where(data_on, own_data),
                 )
-                tree = jax.tree.unflatten(treedef, own)
-                update = _leafwise.LeafwiseUpdate(self.opt, own_state, tree, {})
                 cotangents = (d_carry, [d for d in d_outputs if d is not None])
-                g_consts, d_carry, _, g_data = _update_while_pulling(pull, cotangents, update)
+                jaxpr, _, _ = _jaxprs.trace(lambda cotangents: pull(cotangents)[2], cotangents)
+                order = _jaxprs.order(jaxpr)
+                g_consts, d_carry, grads, g_data = pull(cotangents)
+                update = _leafwise.LeafwiseUpdate(
+                    self.opt, own_state, jax.tree.unflatten(treedef, own), {}
+                )
+                # As the backward pass yields them, so that none has to wait for another.
+                for number in sorted(range(len(grads)), key=lambda number: order[number]):
+                    update.give(number, grads[number])
                 tree, new_state = update.results()
                 new = jax.tree.leaves(tree)
                 own_stacks, states, d_data = jax.tree.map(
@@ -499,7 +500,7 @@ class _Step:
                 return own_stacks, states, d_carry, d_consts, d_data
 
             new_stacks, states, d_carry, d_consts, d_data = jax.lax.fori_loop(
-                0, length, body, start
+                0, length, body, jax.tree.map(_meshes.settle, start)
             )
             self.give(_where(carry_on, carry_vars), d_carry)
             self.give(_where(const_on, const_vars), d_consts)
@@ -510,38 +511,6 @@ class _Step:
             return jax.tree.unflatten(treedef, new_stacks), states
 
         return backward
-
-
-def _update_while_pulling(
-    pull: Callable[[Any], Any], cotangents: Any, update: _leafwise.LeafwiseUpdate
-) -> Any:
-    """Run a layer's backward pass, and update each weight as soon as its gradient is there.
-
-    The gradients of the weights are third among the results of `pull`, and not returned.
-    """
-    jaxpr, consts, shapes = _jaxprs.trace_flat(pull, cotangents)
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, jax.tree.leaves(cotangents), strict=True))
-    structure = jax.tree.structure(shapes)
-    results = list(jax.tree.unflatten(structure, jaxpr.outvars))
-    gradients, results[2] = results[2], []
-    waiting = dict(enumerate(gradients))
-    later: list[set[Any]] = [set(jax.tree.leaves(results))]  # what is read after each equation
-    for equation in reversed(jaxpr.eqns):
-        later.append(later[-1].union(v for v in equation.invars if isinstance(v, _jaxprs.Var)))
-    for equation, needed in zip(jaxpr.eqns, reversed(later[:-1]), strict=True):
-        values = _jaxprs.run(equation, _jaxprs.read(env, equation.invars))
-        env.update(zip(equation.outvars, values, strict=True))
-        ready = [number for number, var in waiting.items() if var in equation.outvars]
-        for number in ready:
-            update.give(number, env[waiting.pop(number)])
-        if ready:
-            # Only then on with the backward pass.
-            live = [var for var in env if var in needed]
-            env.update(zip(live, update.before([env[var] for var in live]), strict=True))
-    for number, var in waiting.items():
-        update.give(number, *_jaxprs.read(env, [var]))
-    return jax.tree.map(lambda var: _jaxprs.read(env, [var])[0], tuple(results))
 
 
 def _where(chosen: Sequence[bool], values: Sequence[Any]) -> list[Any]:

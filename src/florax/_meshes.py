@@ -38,6 +38,14 @@ def divide_as(array: jax.Array, like: jax.Array) -> jax.Array:
     return array if own == wanted else _reshard(array, wanted)
 
 
+def settle(array: jax.Array) -> jax.Array:
+    """`array`, with a type of the explicit mesh in use if it has none yet, as new zeros have."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types or not jax.typeof(array).sharding.mesh.empty:
+        return array
+    return _reshard(array, ())
+
+
 def spec(along: Division) -> PartitionSpec:
     """The specification that divides the axes of an array so."""
     return PartitionSpec(*along)  # type: ignore[no-untyped-call]

@@ -15,8 +15,6 @@ CLOSE = dict(rtol=1e-5, atol=2e-6)
 
 # What the leaves are divided along; the matrices of the stack are projected on their first side.
 DIVISIONS = {
-    "rows": {"bias": P(), "layers": P(None, None, "model")},
-    "columns": {"bias": P("model"), "layers": P(None, "data", None)},
     "rows_and_columns": {"bias": P("data"), "layers": P(None, "data", "model")},
     "stack": {"bias": P(), "layers": P("data", None, None)},
 }
@@ -128,3 +126,49 @@ def test_on_explicit_meshes_an_update_does_not_change_how_a_state_is_divided(tx,
 
     with jax.set_mesh(mesh):
         jax.eval_shape(step, place(params, mesh, specs))
+
+
+@pytest.mark.parametrize("side", ["smaller", "larger"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_born_compressed_gradients_are_those_of_one_device(axis_type, side):
+    """Batches divided along one axis of the mesh, weights along the other."""
+    mesh = make_mesh(axis_type)
+
+    def product(letters, x, w, *division):
+        sharding = P(*division) if jax.typeof(x).sharding.mesh.explicit_axes else None
+        return jnp.einsum(letters, x, w, out_sharding=sharding)
+
+    def loss_fn(params, x):
+        def layer(x, w):
+            hidden = jnp.tanh(product("btd,df->btf", x, w["up"], "data", None, "model"))
+            return x + product("btf,fd->btd", hidden, w["down"], "data", None, None), None
+
+        x = product("btd,df->btf", x, params["embed"], "data", None, None)
+        return jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, params["layers"])[0] ** 2)
+
+    def normal(seed, *shape):
+        return 0.3 * jax.random.normal(jax.random.key(seed), shape)
+
+    params = {
+        "embed": normal(0, 12, 16),
+        "layers": {"down": normal(1, 3, 24, 16), "up": normal(2, 3, 16, 24)},
+    }
+    specs = {
+        "embed": P(),
+        "layers": {"down": P(None, "model", None), "up": P(None, None, "model")},
+    }
+    base = florax.per_layer(optax.adam(1e-2), {"embed": False, "layers": True})
+    tx = florax.flora_accumulate(base, every_k_schedule=4, rank=4, side=side)
+    batches = normal(3, 4, 8, 5, 12)
+
+    def step(params, batches):
+        state = tx.init(params)
+        return florax.value_and_update(loss_fn, tx)(params, state, batches)[:2]
+
+    expected_loss, expected = jax.jit(step)(params, batches)
+    with jax.set_mesh(mesh):
+        divided = place(params, mesh, specs)
+        batches = jax.device_put(batches, NamedSharding(mesh, P(None, "data")))
+        loss, new = jax.jit(step)(divided, batches)
+        assert divisions(new) == divisions(divided)
+    chex.assert_trees_all_close((loss, new), (expected_loss, expected), rtol=1e-5, atol=1e-5)
