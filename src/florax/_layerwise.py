@@ -24,12 +24,14 @@ def layerwise_value_and_update(
     For a model whose layers are stacked and scanned: parameters with a leading axis of layers that
     are the scanned inputs of a `jax.lax.scan` (`flax.nnx.scan`, `flax.linen.scan`). Nothing is
     asked of the model; the scans are found in the traced loss, several if there are (encoder and
-    decoder). Activations are kept at the layers' boundaries and recomputed inside, as under
+    decoder). Only the inputs of layers are kept, and the layers recomputed, as under
     `jax.checkpoint`. Embeddings, heads and what else is no part of a stack are updated once, at the
     end. Every layer is a block of its own to `tx`, as in `per_layer`.
 
     With `tx = flora_accumulate(...)` a step is a whole cycle: gradients are accumulated over the
-    micro-batches as they are born, compressed, and the base optimizer then runs layer by layer.
+    micro-batches as they are born, compressed, and the base optimizer then runs layer by layer. The
+    backward pass is then the loss's own: wrap its layers in `jax.checkpoint` to keep only their
+    inputs.
 
     Args:
       loss_fn: `loss_fn(params, *args)`, a real scalar.
