@@ -127,6 +127,21 @@ def a_tied_weight() -> Case:
 
 
 @case
+def an_embedding_and_its_tied_head() -> Case:
+    """Rows that are looked up twice, from the end, and out of range, where none is."""
+    vocabulary = 3 * WIDTH
+
+    def loss(params, x):
+        ids = jnp.array([[1, 5, 1], [-1, 0, 10 * vocabulary]])
+        looked_up = params["embed"].at[ids].get(mode="fill", fill_value=0.0)
+        looked_up = looked_up + jnp.take(params["embed"], ids[0], axis=0)
+        return size(jnp.tanh(looked_up) @ params["embed"].T) + size(params["beside"][ids[0, 0]] * x)
+
+    params = {"embed": normal(vocabulary, WIDTH), "beside": normal(vocabulary, WIDTH)}
+    return Case(loss, params, (tokens(),), {"['beside']": "dynamic_slice"})
+
+
+@case
 def attention_kernels_of_three_axes() -> Case:
     def loss(params, x):
         q, k, v = (jnp.einsum("td,dhk->thk", x, params[name]) for name in ("q", "k", "v"))
