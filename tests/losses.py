@@ -142,6 +142,33 @@ def an_embedding_and_its_tied_head() -> Case:
 
 
 @case
+def convolutions_whose_windows_tile_their_input() -> Case:
+    """Products with patches, as in a vision transformer; and with single pixels."""
+
+    def loss(params, x):
+        images = jnp.tanh(x.reshape(2, 4, 6, 3))
+        patches = jax.lax.conv_general_dilated(
+            images, params["patch"], (2, 3), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        pixels = jax.lax.conv_general_dilated(
+            patches.transpose(0, 3, 1, 2),
+            params["pixel"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NCHW", "OIHW", "NHCW"),
+        )
+        return size(jnp.tanh(pixels))
+
+    params = {"patch": normal(2, 3, 3, INNER), "pixel": normal(WIDTH, INNER, 1, 1)}
+    axes = {
+        "patch": Axes(rows=(0, 1, 2), columns=3),
+        "pixel": Axes(rows=0, columns=(1, 2, 3)),
+    }
+    images = jnp.asarray(np.random.default_rng(7).normal(size=(2, 4 * 6 * 3)), jnp.float32)
+    return Case(loss, params, (images,), axes=axes)
+
+
+@case
 def attention_kernels_of_three_axes() -> Case:
     def loss(params, x):
         q, k, v = (jnp.einsum("td,dhk->thk", x, params[name]) for name in ("q", "k", "v"))
@@ -715,7 +742,7 @@ def assert_is_gradient(gradient: Any, want: Wanted, eps: float, exact: bool = Tr
 
 
 PASSES_ON = {
-    *("convert_element_type", "copy", "name", "pvary", "pcast", "optimization_barrier"),
+    *("convert_element_type", "copy", "name", "pvary", "pcast", "optimization_barrier", "rev"),
     *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"),
     *("slice", "dynamic_slice", "split", "stop_gradient"),
     *("jit", "pjit", "closed_call", "checkpoint", "remat", "remat2", "scan", "cond", "while"),

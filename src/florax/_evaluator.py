@@ -244,6 +244,15 @@ def _dot_general(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -
     return [_record(ev, weight, product, output, other)]
 
 
+def _convolution(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
+    other, weight = values
+    if not isinstance(weight, Weight) or isinstance(other, Weight):
+        raise _views.Opaque("is a convolution of it")
+    product, shape = _views.Product.of_patches(weight.view, other.shape, equation.params)
+    (output,) = _jaxprs.run(equation, [other, weight.array])
+    return [_record(ev, weight, product, output, other.reshape(shape))]
+
+
 def _gather(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
     weight, indices = values
     if not isinstance(weight, Weight) or isinstance(indices, Weight):
@@ -379,6 +388,7 @@ _RULES: dict[str, _Rule] = {
     "scan": _scan,
     "cond": _cond,
     "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
     "gather": _gather,
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,

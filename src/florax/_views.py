@@ -309,6 +309,46 @@ class Product:
             product._projected()
         return product
 
+    @classmethod
+    def of_patches(
+        cls, view: View, shape: tuple[int, ...], params: dict[str, Any]
+    ) -> tuple["Product", tuple[int, ...]]:
+        """A convolution whose windows tile its input: a product with patches.
+
+        Args:
+          view: of the kernel.
+          shape: of the input.
+          params: of the convolution.
+
+        Returns:
+          The product, and the shape in which the input is the array of patches that it multiplies.
+        """
+        numbers = params["dimension_numbers"]
+        batch, feature, *space = numbers.lhs_spec
+        windows = [view.shape[axis] for axis in numbers.rhs_spec[2:]]
+        ones = [params["feature_group_count"], params["batch_group_count"]]
+        ones += [*(params["lhs_dilation"] or ()), *(params["rhs_dilation"] or ())]
+        tiles = list(params["window_strides"]) == windows
+        tiles &= all(shape[axis] % size == 0 for axis, size in zip(space, windows, strict=True))
+        if not tiles or any(n != 1 for n in ones) or any(map(any, params["padding"])):
+            raise Opaque("has windows that do not tile its input")
+        weight = [chr(ord("a") + axis) for axis in range(len(view.shape))]
+        output_feature, input_feature, *window = (weight[axis] for axis in numbers.rhs_spec)
+        position = [chr(ord("A") + axis) for axis in range(len(space))]
+        letters = {batch: "Y", feature: input_feature}
+        sizes: dict[int, tuple[int, ...]] = {axis: (n,) for axis, n in enumerate(shape)}
+        for axis, size, at, within in zip(space, windows, position, window, strict=True):
+            letters[axis] = at + within
+            sizes[axis] = (shape[axis] // size, size)
+        output = [""] * len(shape)
+        for axis, letter in zip(numbers.out_spec, ("Y", output_feature, *position), strict=True):
+            output[axis] = letter
+        other = "".join(letters[axis] for axis in range(len(shape)))
+        product = cls(view, "".join(weight), other, "".join(output), params["precision"])
+        if view.leaf.rank is not None:
+            product._projected()
+        return product, sum((sizes[axis] for axis in range(len(shape))), ())
+
     def _projected(self) -> tuple[str, str]:
         """The letters of the operand that the projection meets, and those of the third array."""
         columns = [
