@@ -225,9 +225,10 @@ def value_and_grad(
     and the right-hand side is fewer operations than the gradient itself, which never exists. The
     model needs no change: the loss is traced, and where one of its products consumes a compressed
     weight, the backward pass makes the sketch. It sees through jit, `jax.checkpoint`, conditionals,
-    scans over stacked weights, casts, transposes, reshapes and slices; a product may be an embedding
-    lookup or a convolution over patches; the uses of a tied weight add up. A weight that is used in any other way keeps its dense gradient, which the transformation then
-    compresses: never a wrong number. `gradient_report` says beforehand which those are, and why.
+    scans over stacked weights, casts, transposes, reshapes and slices; a product may be a lookup of
+    rows or a convolution over patches; the uses of a tied weight add up. A weight that is used in
+    any other way keeps its dense gradient, which the transformation then compresses: never a wrong
+    number. `gradient_report` says beforehand which those are, and why.
 
     Args:
       loss_fn: a function whose result is a real scalar, or a pair of it and anything else.
