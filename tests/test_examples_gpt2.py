@@ -422,6 +422,7 @@ def test_script_measures_memory_and_learns(comparison):
         assert run["test_loss"] < 0.8 * math.log(300)  # a uniform guess has a loss of log(300)
 
 
+@pytest.mark.slow
 def test_one_row_alone_repeats_its_figures(comparison, few_pairs, tmp_path):
     *_, together = comparison
     arguments = ["--data", few_pairs, "--output", tmp_path, *SMALL, *TRAINING]

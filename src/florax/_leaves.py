@@ -203,27 +203,20 @@ def draw_from(leaves: tuple[Leaf, ...], keys: list[jax.Array]) -> list[jax.Array
             columns = tuple(leaf.shape[axis] for axis in leaf.columns)
             groups.setdefault((leaf.projection, leaf.rank, columns), []).append(i)
 
+    # One call a group, not one a leaf: a call takes a quarter of a second to compile, and a model
+    # whose layers are not stacked has hundreds of leaves. Without the barrier XLA fuses the draw
+    # into every slice of it: minutes of compilation on a GPU where it now takes seconds.
     drawn: list[jax.Array | None] = [None] * len(leaves)
     for (_, rank, columns), members in groups.items():
-        # A few leaves one by one, each when it is needed. Of many all in one call: a call takes a
-        # quarter of a second to compile, and a model whose layers are not stacked has hundreds.
-        together = [members] if len(members) > _MANY else [[i] for i in members]
-        for some in together:
-            stacked = jnp.concatenate([keys[i] for i in some])
-            matrices = jax.vmap(leaves[some[0]].draw_matrix)(stacked)
-            # Without the barrier XLA fuses the draw into every slice of it: minutes of compilation
-            # on a GPU where it now takes seconds.
-            matrices = jax.lax.optimization_barrier(matrices)  # type: ignore[no-untyped-call]
-            start = 0
-            for i in some:
-                stop = start + leaves[i].matrices
-                drawn[i] = matrices[start:stop].reshape(*leaves[i].stack_shape, rank, *columns)
-                start = stop
+        stacked = jnp.concatenate([keys[i] for i in members])
+        matrices = jax.vmap(leaves[members[0]].draw_matrix)(stacked)
+        matrices = jax.lax.optimization_barrier(matrices)  # type: ignore[no-untyped-call]
+        start = 0
+        for i in members:
+            stop = start + leaves[i].matrices
+            drawn[i] = matrices[start:stop].reshape(*leaves[i].stack_shape, rank, *columns)
+            start = stop
     return drawn
-
-
-# From here on the projections of leaves with equal projected sides are drawn in one call.
-_MANY = 16
 
 
 def matrix_keys(
