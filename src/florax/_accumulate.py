@@ -129,9 +129,15 @@ def flora_accumulate(
     _leaves.check_settings(rank, side, projection)
     base = optax.with_extra_args_support(opt)
     rule = AccumulationRule(use_grad_mean, should_skip_update_fn)
-    settings = (rank, side, projection, dimension_numbers)
+    plan = functools.partial(
+        _leaves.plan,
+        rank=rank,
+        side=side,
+        projection=projection,
+        dimension_numbers=dimension_numbers,
+    )
     return optax.GradientTransformationExtraArgs(
-        Init(base, rule, key, settings, accumulator_dtype), Update(base, every_k_schedule)
+        Init(base, rule, key, plan, accumulator_dtype), Update(base, every_k_schedule)
     )
 
 
@@ -142,7 +148,7 @@ class Init:
     opt: optax.GradientTransformationExtraArgs
     rule: AccumulationRule
     key: Any
-    settings: tuple[_leaves.Rank, _leaves.Side, _projection.Projection, Any]  # of the plan
+    plan: Callable[..., tuple[_leaves.Leaf, ...]]
     accumulator_dtype: jax.typing.DTypeLike | None
 
     def __call__(self, params: optax.Params) -> FloraAccumulateState:
@@ -157,7 +163,7 @@ class Init:
         stacked = None
         if isinstance(self.opt.update, _per_layer.Update):
             stacked = [stack is not None for stack in base_state.stacks.of_leaves]
-        leaves = _leaves.plan(params, *self.settings, stacked)
+        leaves = self.plan(params, stacked=stacked)
         sketch = _sketches.zero_sketches(params, leaves, self._dtype)
         skip_state: Any = ()
         if self.rule.should_skip_update_fn is not None:

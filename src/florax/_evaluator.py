@@ -72,8 +72,7 @@ class Evaluator:
         reason = ""
         if any(isinstance(value, Weight) for value in values):
             if not _jaxprs.has_gradient(equation):
-                arrays = [value.array if isinstance(value, Weight) else value for value in values]
-                return _jaxprs.run(equation, arrays)
+                return _jaxprs.run(equation, arrays(values))
             rule = _RULES.get(equation.primitive.name)
             if rule is not None:
                 try:
@@ -87,7 +86,7 @@ class Evaluator:
         for value in values:
             if isinstance(value, Weight):
                 self.refused.setdefault(value.number, reason)
-        return [value.array if isinstance(value, Weight) else value for value in values]
+        return arrays(values)
 
     def where(self, equation: _jaxprs.Equation) -> str:
         """The operation's name and the line of the user's program that it comes from."""
@@ -100,6 +99,11 @@ class Evaluator:
 
     def entered(self, totals: dict[int, jax.Array]) -> "Evaluator":
         return Evaluator(dict(totals), self.refused, self.line)
+
+
+def arrays(values: Sequence[Any]) -> list[Any]:
+    """The values, weights among them as what they have become."""
+    return [value.array if isinstance(value, Weight) else value for value in values]
 
 
 def _jit(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
@@ -188,7 +192,7 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
         reason = f"{where}, which returns it"
         return (inner.plain(new, reason), inner.totals), inner.plain(collected, reason)
 
-    xs = [stack.array if isinstance(stack, Weight) else stack for stack in stacks]
+    xs = arrays(stacks)
     (moved, totals), collected = jax.lax.scan(
         body,
         (moving, ev.inside([*parts.consts, *start, *stacks])),
@@ -239,8 +243,7 @@ def _dot_general(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -
         weight is right,
         equation.params["precision"],
     )
-    operands = [value.array if value is weight else value for value in values]
-    (output,) = _jaxprs.run(equation, operands)
+    (output,) = _jaxprs.run(equation, arrays(values))
     return [_record(ev, weight, product, output, other)]
 
 

@@ -395,6 +395,7 @@ def name(path: KeyPath) -> str:
 
 
 def check_dtype(path: str, dtype: Any) -> None:
+    """Raise unless a leaf of that dtype can be trained."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{path} has dtype {dtype}; only real floating-point leaves can be trained. Leave it "

@@ -142,9 +142,11 @@ def flora_momentum(
         averages = state.sketch.leaves()
         drawn = _leaves.draw(leaves, state.key, state.cycle)
 
-        likes = grads if params is None else jax.tree.leaves(params)
+        flat_params = [None] * len(grads) if params is None else jax.tree.leaves(params)
         emitted, kept = [], []
-        for leaf, grad, average, a, like in zip(leaves, grads, averages, drawn, likes, strict=True):
+        for leaf, grad, average, a, param in zip(
+            leaves, grads, averages, drawn, flat_params, strict=True
+        ):
             if a is None:
                 new = optax.tree.update_moment(grad, average, decay, order=1)
                 out = optax.tree.update_moment(grad, new, decay, order=1) if nesterov else new
@@ -161,8 +163,8 @@ def flora_momentum(
             new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
             # One decompression serves both parts: M A + G − (G Aᵀ) A = G + (M − G Aᵀ) A.
-            like = (None if like is grad else like) if born else grad
-            out = leaf.decompress(out - sketch if residual else out, a, like)
+            out = out - sketch if residual else out
+            out = leaf.decompress(out, a, like=param if born else grad)
             out = out + grad if residual else out
             own = leaf.dtype if born else grad.dtype
             emitted.append(out.astype(jnp.promote_types(own, average.dtype)))

@@ -208,8 +208,7 @@ def _evaluate(
     value, *aux = evaluator.run(program.jaxpr, program.consts, *params)
     (value,) = evaluator.plain([value], "the loss itself")
     # What is only reported is not differentiated: a weight may stand there.
-    aux = [leaf.array if isinstance(leaf, _evaluator.Weight) else leaf for leaf in aux]
-    return [value, *aux], evaluator.totals, evaluator.refused
+    return [value, *_evaluator.arrays(aux)], evaluator.totals, evaluator.refused
 
 
 def value_and_grad(

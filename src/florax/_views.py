@@ -38,169 +38,159 @@ class _Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Part:
+    """The part of a sketch, or of a projection's columns, that a view stands for; static.
+
+    Attributes:
+      axes: per axis of the view the axis of the part that it is; None if it is none of the part's.
+      shape: of the part; of a sketch, the rank last.
+      steps: from the whole to the part.
+    """
+
+    axes: tuple[int | None, ...]
+    shape: tuple[int, ...]
+    steps: tuple[_Step, ...] = ()
+
+    def order(self) -> list[int]:
+        """The view's axes in the order of the part's."""
+        named = {part: axis for axis, part in enumerate(self.axes) if part is not None}
+        return [named[part] for part in sorted(named)]
+
+    def transpose(self, permutation: Sequence[int]) -> "_Part":
+        return dataclasses.replace(self, axes=tuple(self.axes[axis] for axis in permutation))
+
+    def index(self, axis: int) -> "_Part":
+        position = self.axes[axis]
+        assert position is not None
+        axes = [a if a is None or a < position else a - 1 for a in _without(self.axes, axis)]
+        step = _Step("index", (position,))
+        return _Part(tuple(axes), _without(self.shape, position), (*self.steps, step))
+
+    def slice(self, cut: dict[int, tuple[int, int]]) -> "_Part":
+        own = {self.axes[axis]: bounds for axis, bounds in cut.items()}
+        own.pop(None, None)
+        if not own:
+            return self
+        bounds = [own.get(axis, (0, size)) for axis, size in enumerate(self.shape)]
+        first, last = zip(*bounds, strict=True)
+        shape = tuple(b - a for a, b in bounds)
+        return _Part(self.axes, shape, (*self.steps, _Step("slice", (first, last))))
+
+    def reshape(self, groups: list[tuple[list[int], list[int]]], shape: Sequence[int]) -> "_Part":
+        pieces: list[tuple[int, ...]] = [(size,) for size in self.shape]
+        placed = []
+        for old, new in groups:
+            own = [self.axes[axis] for axis in old]
+            first = own[0]
+            if own == [None] * len(own):
+                continue
+            if first is None or own != list(range(first, first + len(own))):
+                raise Opaque("merges rows with columns")
+            rest = [()] * (len(own) - 1)
+            pieces[first : first + len(own)] = [tuple(shape[axis] for axis in new), *rest]
+            placed.append((first, new))
+        axes: list[int | None] = [None] * len(shape)
+        for first, new in placed:
+            start = sum(map(len, pieces[:first]))
+            for offset, axis in enumerate(new):
+                axes[axis] = start + offset
+        new_shape = sum(pieces, ())
+        steps = self.steps
+        if new_shape != self.shape:
+            steps = (*steps, _Step("reshape", new_shape))
+        return _Part(tuple(axes), new_shape, steps)
+
+
+@dataclasses.dataclass(frozen=True)
 class View:
     """How a weight is seen; static.
+
+    An axis of size 1 that the program added is neither the sketch's nor the columns'.
 
     Attributes:
       leaf: the weight's leaf.
       shape: of what the weight has become.
-      sketch_axes: per axis of it the axis of the sketch that it is; None for columns and for axes
-        of size 1 that the program added.
-      column_axes: per axis of it the column axis of the projection that it is, or None.
-      sketch_shape: shape of the part of the sketch, rank last, that the view stands for.
-      column_shape: shape of the projection's columns as the view sees them.
+      sketch: the part of the sketch that the view stands for.
+      columns: the part of the projection's columns that the view stands for.
       batch: the axes of it that are still stacked, in the order of the leaf's batch axes.
       first_key: the row of the source's keys with which those of the view begin.
-      sketch_steps: from the whole sketch to the view's part.
-      column_steps: from the projection as it is drawn to the view's.
     """
 
     leaf: _leaves.Leaf
     shape: tuple[int, ...]
-    sketch_axes: tuple[int | None, ...]
-    column_axes: tuple[int | None, ...]
-    sketch_shape: tuple[int, ...]
-    column_shape: tuple[int, ...]
+    sketch: _Part
+    columns: _Part
     batch: tuple[int, ...]
     first_key: int = 0
-    sketch_steps: tuple[_Step, ...] = ()
-    column_steps: tuple[_Step, ...] = ()
 
     @classmethod
     def of(cls, leaf: _leaves.Leaf) -> "View":
         """The weight itself."""
-        kept = leaf.batch + leaf.rows if leaf.rank is not None else tuple(range(len(leaf.shape)))
         axes = range(len(leaf.shape))
-        return cls(
-            leaf,
-            leaf.shape,
-            tuple(kept.index(axis) if axis in kept else None for axis in axes),
-            tuple(leaf.columns.index(axis) if axis in leaf.columns else None for axis in axes),
-            leaf.stored_shape,
-            tuple(leaf.shape[axis] for axis in leaf.columns),
-            leaf.batch,
-        )
+        kept = tuple(axes) if leaf.rank is None else leaf.batch + leaf.rows
+
+        def part(own: tuple[int, ...], shape: tuple[int, ...]) -> _Part:
+            return _Part(tuple(own.index(a) if a in own else None for a in axes), shape)
+
+        columns = part(leaf.columns, tuple(leaf.shape[axis] for axis in leaf.columns))
+        return cls(leaf, leaf.shape, part(kept, leaf.stored_shape), columns, leaf.batch)
 
     def transpose(self, permutation: Sequence[int]) -> "View":
         """With its axes in another order: only the names of axes change, no array does."""
-        new = list(permutation)
         return dataclasses.replace(
             self,
-            shape=tuple(self.shape[axis] for axis in new),
-            sketch_axes=tuple(self.sketch_axes[axis] for axis in new),
-            column_axes=tuple(self.column_axes[axis] for axis in new),
-            batch=tuple(new.index(axis) for axis in self.batch),
+            shape=tuple(self.shape[axis] for axis in permutation),
+            sketch=self.sketch.transpose(permutation),
+            columns=self.columns.transpose(permutation),
+            batch=tuple(list(permutation).index(axis) for axis in self.batch),
         )
 
     def index(self, axis: int) -> "View":
-        """One position along a batch axis; the caller folds its number into the key."""
+        """One position along a batch axis; which one, and its keys, are in its `Source`."""
         if not self.batch or axis != self.batch[0]:
             raise Opaque("takes single positions of an axis that is no batch axis")
-        position = self.sketch_axes[axis]
-        assert position is not None
-
-        def without(values: tuple[Any, ...], at: int) -> tuple[Any, ...]:
-            return values[:at] + values[at + 1 :]
-
-        moved = tuple(
-            a if a is None or a < position else a - 1 for a in without(self.sketch_axes, axis)
-        )
         return dataclasses.replace(
             self,
-            shape=without(self.shape, axis),
-            sketch_axes=moved,
-            column_axes=without(self.column_axes, axis),
-            sketch_shape=without(self.sketch_shape, position),
+            shape=_without(self.shape, axis),
+            sketch=self.sketch.index(axis),
+            columns=dataclasses.replace(self.columns, axes=_without(self.columns.axes, axis)),
             batch=tuple(a if a < axis else a - 1 for a in self.batch[1:]),
-            sketch_steps=(*self.sketch_steps, _Step("index", (position,))),
         )
 
     def slice(self, starts: Sequence[int], limits: Sequence[int]) -> "View":
         """A block of it."""
-        cut = [
-            axis
-            for axis, size in enumerate(self.shape)
-            if (starts[axis], limits[axis]) != (0, size)
-        ]
+        bounds = list(zip(starts, limits, strict=True))
+        cut = {a: b for a, b in enumerate(bounds) if b != (0, self.shape[a])}
         if any(axis in self.batch for axis in cut):
             raise Opaque("takes a part of a stack")
-        view = dataclasses.replace(
-            self, shape=tuple(b - a for a, b in zip(starts, limits, strict=True))
+        return dataclasses.replace(
+            self,
+            shape=tuple(limit - start for start, limit in bounds),
+            sketch=self.sketch.slice(cut),
+            columns=self.columns.slice(cut),
         )
-        for names, field in (("sketch_axes", "sketch"), ("column_axes", "column")):
-            own = {getattr(self, names)[axis]: axis for axis in cut}
-            if not any(name is not None for name in own):
-                continue
-            shape: tuple[int, ...] = getattr(self, f"{field}_shape")
-            first = tuple(starts[own[i]] if i in own else 0 for i in range(len(shape)))
-            last = tuple(limits[own[i]] if i in own else n for i, n in enumerate(shape))
-            steps = (*getattr(self, f"{field}_steps"), _Step("slice", (first, last)))
-            new_shape = tuple(b - a for a, b in zip(first, last, strict=True))
-            changed: dict[str, Any] = {f"{field}_shape": new_shape, f"{field}_steps": steps}
-            view = dataclasses.replace(view, **changed)
-        return view
 
     def reshape(self, shape: Sequence[int]) -> "View":
         """With axes merged or split; rows with rows and columns with columns only."""
-        sketch_axes: list[int | None] = [None] * len(shape)
-        column_axes: list[int | None] = [None] * len(shape)
+        groups = _groups(self.shape, tuple(shape))
         batch: dict[int, int] = {}
-        sketch_shape: dict[int, tuple[int, ...]] = {
-            i: (n,) for i, n in enumerate(self.sketch_shape)
-        }
-        column_shape: dict[int, tuple[int, ...]] = {
-            i: (n,) for i, n in enumerate(self.column_shape)
-        }
-        # Per group of axes: (the new axes, the first old name, a mapping to fill)
-        placed: list[tuple[list[int], int, list[int | None]]] = []
-        for old, new in _groups(self.shape, tuple(shape)):
+        for old, new in groups:
             if any(axis in self.batch for axis in old):
                 if len(old) != 1 or len(new) != 1:
                     raise Opaque("merges or splits a batch axis")
                 batch[old[0]] = new[0]
-            for names, pieces, mapping in (
-                (self.sketch_axes, sketch_shape, sketch_axes),
-                (self.column_axes, column_shape, column_axes),
-            ):
-                own = [names[axis] for axis in old]
-                if all(name is None for name in own):
-                    continue
-                first = own[0]
-                if first is None or own != list(range(first, first + len(own))):
-                    raise Opaque("merges rows with columns")
-                for name in own:
-                    assert name is not None
-                    pieces[name] = ()
-                pieces[first] = tuple(shape[axis] for axis in new)
-                placed.append((new, first, mapping))
         if len(batch) != len(self.batch):
             raise Opaque("drops a batch axis")
-        view = dataclasses.replace(
-            self, shape=tuple(shape), batch=tuple(batch[axis] for axis in self.batch)
-        )
-        for new, first, mapping in placed:
-            pieces = sketch_shape if mapping is sketch_axes else column_shape
-            start = sum(len(pieces[i]) for i in range(first))
-            for offset, axis in enumerate(new):
-                mapping[axis] = start + offset
-        new_sketch = sum(sketch_shape.values(), ())
-        new_columns = sum(column_shape.values(), ())
-        if new_sketch != self.sketch_shape:
-            step = _Step("reshape", new_sketch)
-            view = dataclasses.replace(
-                view, sketch_shape=new_sketch, sketch_steps=(*view.sketch_steps, step)
-            )
-        if new_columns != self.column_shape:
-            step = _Step("reshape", new_columns)
-            view = dataclasses.replace(
-                view, column_shape=new_columns, column_steps=(*view.column_steps, step)
-            )
         return dataclasses.replace(
-            view, sketch_axes=tuple(sketch_axes), column_axes=tuple(column_axes)
+            self,
+            shape=tuple(shape),
+            sketch=self.sketch.reshape(groups, shape),
+            columns=self.columns.reshape(groups, shape),
+            batch=tuple(batch[axis] for axis in self.batch),
         )
 
     def draw(self, keys: jax.Array) -> jax.Array:
-        """The projections as the view sees them, `(*batch, rank, *column_shape)`, float32.
+        """The projections as the view sees them, `(*batch, rank, *columns)`, float32.
 
         `keys` are a `Source`'s.
         """
@@ -211,7 +201,7 @@ class View:
             draw = jax.vmap(draw)
         drawn = draw(keys)
         lead = drawn.shape[: drawn.ndim - len(self.leaf.columns)]
-        for step in self.column_steps:
+        for step in self.columns.steps:
             if step.kind == "reshape":
                 drawn = drawn.reshape(*lead, *step.axes)
             else:
@@ -221,7 +211,7 @@ class View:
 
     def add(self, total: jax.Array, sketch: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
         """Add a sketch of the view's part to the whole; `positions` are the indices taken."""
-        return _add(total, sketch, self.sketch_steps, tuple(positions))
+        return _add(total, sketch, self.sketch.steps, tuple(positions))
 
 
 def _add(
@@ -243,6 +233,10 @@ def _add(
     new = _add(own, part, steps, positions[1:])
     updated: jax.Array = jax.lax.dynamic_update_index_in_dim(total, new, positions[0], axis)
     return updated
+
+
+def _without(values: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+    return values[:at] + values[at + 1 :]
 
 
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -281,6 +275,10 @@ class Product:
     output: str
     precision: Any
 
+    def __post_init__(self) -> None:
+        if self.view.leaf.rank is not None:
+            self._projected()
+
     @classmethod
     def of(
         cls, view: View, other_ndim: int, numbers: Any, weight_is_right: bool, precision: Any
@@ -304,10 +302,7 @@ class Product:
         ]
         order = (free_other, free) if weight_is_right else (free, free_other)
         output = [weight[axis] for axis in batch] + order[0] + order[1]
-        product = cls(view, "".join(weight), "".join(other), "".join(output), precision)
-        if view.leaf.rank is not None:
-            product._projected()
-        return product
+        return cls(view, "".join(weight), "".join(other), "".join(output), precision)
 
     @classmethod
     def of_patches(
@@ -345,15 +340,14 @@ class Product:
             output[axis] = letter
         other = "".join(letters[axis] for axis in range(len(shape)))
         product = cls(view, "".join(weight), other, "".join(output), params["precision"])
-        if view.leaf.rank is not None:
-            product._projected()
         return product, sum((sizes[axis] for axis in range(len(shape))), ())
+
+    def _letters(self, part: _Part) -> str:
+        return "".join(self.weight[axis] for axis in part.order())
 
     def _projected(self) -> tuple[str, str]:
         """The letters of the operand that the projection meets, and those of the third array."""
-        columns = [
-            self.weight[i] for i, axis in enumerate(self.view.column_axes) if axis is not None
-        ]
+        columns = self._letters(self.view.columns)
         both = set(self.other) & set(self.output)
         if set(columns) <= set(self.output) - both:
             return self.output, self.other
@@ -370,20 +364,17 @@ class Product:
 
     def sketch(self, d_output: jax.Array, other: jax.Array, keys: jax.Array) -> jax.Array:
         """The sketch of the weight's gradient, its axes as in the view's part of the sketch."""
-        named = {axis: self.weight[i] for i, axis in enumerate(self.view.sketch_axes)}
-        kept = "".join(named[axis] for axis in sorted(a for a in named if a is not None))
+        kept = self._letters(self.view.sketch)
         wide = jnp.promote_types(other.dtype, jnp.float32)
         if self.view.leaf.rank is None:
             return self.einsum((self.output, d_output), (self.other, other), kept, wide)
         projected, third = self._projected()
         near, far = (d_output, other) if projected is self.output else (other, d_output)
         a = self.view.draw(keys)
-        named = {axis: self.weight[i] for i, axis in enumerate(self.view.column_axes)}
-        columns = "".join(named[axis] for axis in sorted(c for c in named if c is not None))
-        a = a.reshape(
-            *a.shape[: a.ndim - len(self.view.column_shape)],
-            *(self.view.shape[self.weight.index(letter)] for letter in columns),
-        )
+        columns = self._letters(self.view.columns)
+        # Without columns of size 1 that the program dropped.
+        lead = a.shape[: a.ndim - len(self.view.columns.shape)]
+        a = a.reshape(*lead, *(self.view.shape[axis] for axis in self.view.columns.order()))
         stack = "".join(self.weight[axis] for axis in self.view.batch)
         # What all matrices of a stack share meets the projection of each.
         alone = "".join(letter for letter in stack if letter not in projected)
@@ -450,11 +441,16 @@ class Lookup:
             and tuple(numbers.offset_dims) == tuple(range(indices_ndim, indices_ndim + ndim - 1))
             and not numbers.operand_batching_dims
         )
-        kept = [axis for axis in view.sketch_axes if axis is not None]
-        columns = [axis for axis in view.column_axes if axis is not None]
-        in_order = kept == list(range(len(kept))) and columns == list(range(len(columns)))
-        plain = in_order and not view.sketch_steps and not view.batch
-        if not whole_rows or not plain or view.sketch_axes[0] is None:
+        rank_axis = view.leaf.rank is not None
+        in_order = all(
+            [axis for axis in part.axes if axis is not None] == list(range(count))
+            for part, count in (
+                (view.sketch, len(view.sketch.shape) - rank_axis),
+                (view.columns, len(view.columns.shape)),
+            )
+        )
+        plain = in_order and not view.sketch.steps and not view.batch
+        if not whole_rows or not plain or view.sketch.axes[0] is None:
             raise Opaque("takes something other than rows")
         return cls(view, params["mode"])
 
@@ -465,8 +461,7 @@ class Lookup:
         view, lead = self.view, other.ndim - 1
         rows = d_output.astype(total.dtype)
         if view.leaf.rank is not None:
-            axes = [i for i, axis in enumerate(view.column_axes) if axis is not None]
-            columns = tuple(axis + lead - 1 for axis in axes)
+            columns = tuple(axis + lead - 1 for axis in view.columns.order())
             a = view.draw(source.keys)
             rows = _projection.compress(d_output, a, columns).astype(total.dtype)
         numbers = jax.lax.ScatterDimensionNumbers(
