@@ -1,48 +1,77 @@
-"""Pairs of sentences on disk, a tokenizer trained on them, and batches."""
+"""Rows of tokens: padding them, and writing more of them with a decoder-only model."""
 
-import gzip
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+import functools
+from typing import Any
 
+import jax
 import numpy as np
-from tokenizers import ByteLevelBPETokenizer
+from flax import nnx
+from jax import Array
+from tqdm import tqdm
+
+from common import batches
+from common.tokenization import Tokenizer
+from models.generation import beam_search, greedy
 
 
-class Pair(NamedTuple):
-    source: str
-    target: str
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """Read a `.jsonl.gz` file: in each line an object with `source` and `target`."""
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [Pair(item["source"], item["target"]) for item in map(json.loads, lines)]
-
-
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]
-) -> ByteLevelBPETokenizer:
-    """Train a byte-level BPE, which can spell any text. `special_tokens` get the ids 0, 1, ..."""
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        texts, vocab_size=vocab_size, special_tokens=list(special_tokens), show_progress=False
-    )
-    return tokenizer
-
-
-def pad(rows: list[list[int]], length: int, value: int) -> np.ndarray:
-    """Stack token lists, each filled up with `value` on the right: (len(rows), length), int32."""
+def pad_right(rows: list[list[int]], length: int, value: int) -> np.ndarray:
+    """Stack token lists, each filled up with `value` at its end: (len(rows), length), int32."""
     return np.array([row + [value] * (length - len(row)) for row in rows], np.int32)
 
 
-def shuffled(size: int, batch: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless batches of row numbers below `size`, each epoch in a new order."""
-    if batch > size:
-        raise ValueError(f"a batch of {batch} needs as many rows, got {size}")
-    rng = np.random.default_rng(seed)
-    while True:
-        order = rng.permutation(size)
-        for start in range(0, size - batch + 1, batch):
-            yield order[start : start + batch]
+def pad_left(rows: list[list[int]], length: int, value: int) -> np.ndarray:
+    """The same, filled up at the beginning."""
+    return np.array([[value] * (length - len(row)) + row for row in rows], np.int32)
+
+
+def generate(
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    new_tokens: int,
+    beams: int = 1,
+    batch: int = 64,
+) -> list[str]:
+    """What a decoder-only model writes after each prompt, up to its end token.
+
+    Args:
+      model: the model.
+      tokenizer: for the end token, and for the text.
+      prompts: tokens.
+      new_tokens: to write, at most.
+      beams: of the search; 1 is greedy.
+      batch: prompts at a time.
+    """
+    length = max(map(len, prompts))
+    data = {
+        "ids": pad_left(prompts, length, tokenizer.pad),
+        "mask": pad_left([[1] * len(row) for row in prompts], length, 0) == 1,
+    }
+    graphdef, params = nnx.split(model)
+    stop = (tokenizer.eos, tokenizer.pad)
+    texts: list[str] = []
+    with tqdm(total=len(prompts), desc="writing", unit=" texts", leave=False) as bar:
+        for rows, real in batches.in_order(data, min(batch, len(prompts))):
+            tokens = _write(graphdef, params, rows["ids"], rows["mask"], new_tokens, beams, stop)
+            texts += tokenizer.decode_batch(np.asarray(tokens)[real])
+            bar.update(len(texts) - bar.n)
+    return [text.strip() for text in texts]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _write(
+    graphdef: Any,
+    params: Any,
+    ids: Array,
+    mask: Array,
+    new_tokens: int,
+    beams: int,
+    stop: tuple[int, int],
+) -> Array:
+    model, (eos, pad) = nnx.merge(graphdef, params), stop
+    cache = model.init_cache(len(ids), ids.shape[1] + new_tokens)
+    if beams == 1:
+        return greedy(model, cache, ids, mask, new_tokens, eos, pad)
+    axis = model.cache_batch_axis
+    found = beam_search(model, cache, ids, mask, new_tokens, eos, pad, beams=beams, batch_axis=axis)
+    return found[0][:, 0]

@@ -1,4 +1,4 @@
-"""GPT-2 in flax.nnx: a decoder-only Transformer with learned positions and a tied head.
+"""GPT-2 in flax.nnx: a decoder-only Transformer with learned positions.
 
 Modules and settings carry the names of the Hugging Face checkpoints (`h.0.attn.c_attn`, `n_embd`).
 In shapes, B is the batch, T the tokens of this call, S the slots of the cache, C the width
@@ -6,14 +6,25 @@ In shapes, B is the batch, T the tokens of this call, S the slots of the cache, 
 """
 
 import dataclasses
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
+from models import cache as caches
+from models import layers as stacks
+from models.cache import Cache, KeyValue
+
+# What `from_huggingface` takes for granted. Of the activation both names mean the same function.
+FIXED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +39,10 @@ class GPT2Config:
     n_inner: int | None = None  # width of the feed-forward layer; None means 4 * n_embd
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = True  # the head is the embedding of the tokens
+    bos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
+    pad_token_id: int | None = None
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
@@ -36,99 +51,159 @@ class GPT2Config:
                 f"got n_embd={self.n_embd} and n_head={self.n_head}"
             )
 
+    @classmethod
+    def from_huggingface(cls, config: dict[str, Any]) -> "GPT2Config":
+        """Read a config.json as transformers 4 or 5 wrote it; dropout is left out."""
+        for name, values in FIXED.items():
+            if (value := config.get(name, values[0])) not in values:
+                expected = " or ".join(map(repr, values))
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = {name: value for name, value in config.items() if name in names}
+        if isinstance(eos := given.get("eos_token_id"), list):
+            given["eos_token_id"] = tuple(eos)
+        return cls(**given)
 
-class KeyValue(NamedTuple):
-    """What one layer remembers. Slot s of a row belongs to the token at position s of that row."""
-
-    key: Array  # (B, S, H, D)
-    value: Array  # (B, S, H, D)
+    def to_huggingface(self) -> dict[str, Any]:
+        """The settings of a config.json that transformers 4 and 5 read alike."""
+        return dataclasses.asdict(self) | {name: values[0] for name, values in FIXED.items()}
 
 
-def init_cache(config: GPT2Config, batch: int, length: int, dtype=jnp.float32) -> list[KeyValue]:
-    """An empty cache, one entry per layer, for rows of up to `length` tokens without padding."""
-    if length > config.n_positions:
-        raise ValueError(f"length={length} exceeds n_positions={config.n_positions}")
-    zeros = jnp.zeros((batch, length, config.n_head, config.n_embd // config.n_head), dtype)
-    return [KeyValue(zeros, zeros) for _ in range(config.n_layer)]
+PRESETS = {
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+}
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, **dtypes: Any):
+        width = config.n_embd
         self.n_head = config.n_head
-        self.c_attn = _linear(config, config.n_embd, 3 * config.n_embd, rngs=rngs)
-        self.c_proj = _linear(config, config.n_embd, config.n_embd, residual=True, rngs=rngs)
+        self.c_attn = _linear(config, width, 3 * width, rngs=rngs, **dtypes)
+        self.c_proj = _linear(config, width, width, residual=True, rngs=rngs, **dtypes)
 
     def __call__(
-        self, x: Array, attend: Array, cache: KeyValue | None, slots: Array
+        self, x: Array, attend: Array, slots: Array | None, cache: KeyValue | None
     ) -> tuple[Array, KeyValue | None]:
         heads = (*x.shape[:2], self.n_head, -1)
         q, k, v = (y.reshape(heads) for y in jnp.split(self.c_attn(x), 3, axis=-1))  # (B, T, H, D)
         if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            # Padding has a slot past the end, and "drop" leaves it out.
-            k = cache.key.at[rows, slots].set(k, mode="drop")
-            v = cache.value.at[rows, slots].set(v, mode="drop")
-            cache = KeyValue(k, v)  # (B, S, H, D)
+            cache = caches.store(cache, k, v, slots)
+            k, v = (array.astype(q.dtype) for array in cache)  # (B, S, H, D)
         y = jax.nn.dot_product_attention(q, k, v, mask=attend)
         return self.c_proj(y.reshape(x.shape)), cache
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, **dtypes: Any):
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = _linear(config, config.n_embd, inner, rngs=rngs)
-        self.c_proj = _linear(config, inner, config.n_embd, residual=True, rngs=rngs)
+        self.c_fc = _linear(config, config.n_embd, inner, rngs=rngs, **dtypes)
+        self.c_proj = _linear(config, inner, config.n_embd, residual=True, rngs=rngs, **dtypes)
 
     def __call__(self, x: Array) -> Array:
         return self.c_proj(nnx.gelu(self.c_fc(x), approximate=True))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        self.ln_1 = _layer_norm(config, rngs=rngs)
-        self.attn = Attention(config, rngs=rngs)
-        self.ln_2 = _layer_norm(config, rngs=rngs)
-        self.mlp = FeedForward(config, rngs=rngs)
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, **dtypes: Any):
+        self.ln_1 = _layer_norm(config, rngs=rngs, **dtypes)
+        self.attn = Attention(config, rngs=rngs, **dtypes)
+        self.ln_2 = _layer_norm(config, rngs=rngs, **dtypes)
+        self.mlp = FeedForward(config, rngs=rngs, **dtypes)
 
     def __call__(
-        self, x: Array, attend: Array, cache: KeyValue | None, slots: Array
+        self, x: Array, attend: Array, slots: Array | None, cache: KeyValue | None
     ) -> tuple[Array, KeyValue | None]:
-        y, cache = self.attn(self.ln_1(x), attend, cache, slots)
+        y, cache = self.attn(self.ln_1(x), attend, slots, cache)
         x = x + y
         return x + self.mlp(self.ln_2(x)), cache  # (B, T, C)
 
 
 class GPT2(nnx.Module):
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+    """The language model.
+
+    Args:
+      config: its sizes.
+      rngs: of the initial weights.
+      dtype: what it computes in; None means as its parameters are kept.
+      param_dtype: what its parameters are kept in.
+      checkpoint: keep only what enters each layer for the backward pass, which computes the rest
+        again.
+    """
+
+    Config = GPT2Config
+    model_type = "gpt2"
+    architecture = "GPT2LMHeadModel"
+    base_prefix = "transformer."
+    ignored_tensors = (r".*\.attn\.(masked_)?bias",)  # old files keep the causal mask
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        checkpoint: bool = False,
+    ):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+
+        def embed(size: int) -> nnx.Embed:
+            normal = nnx.initializers.normal(config.initializer_range)
+            return nnx.Embed(size, config.n_embd, embedding_init=normal, rngs=rngs, **dtypes)
+
         self.config = config
-        normal = nnx.initializers.normal(config.initializer_range)
-        self.wte = nnx.Embed(config.vocab_size, config.n_embd, embedding_init=normal, rngs=rngs)
-        self.wpe = nnx.Embed(config.n_positions, config.n_embd, embedding_init=normal, rngs=rngs)
-        self.h = nnx.List([Block(config, rngs=rngs) for _ in range(config.n_layer)])
-        self.ln_f = _layer_norm(config, rngs=rngs)
+        self.checkpoint = checkpoint
+        self.wte = embed(config.vocab_size)
+        self.wpe = embed(config.n_positions)
+        self.h = nnx.List([Block(config, rngs=rngs, **dtypes) for _ in range(config.n_layer)])
+        self.ln_f = _layer_norm(config, rngs=rngs, **dtypes)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.n_embd,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=nnx.initializers.normal(config.initializer_range),
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+                **dtypes,
+            )
+
+    @staticmethod
+    def tensor_name(path: tuple) -> str:
+        """What the checkpoints call the parameter at a path."""
+        *modules, kind = path
+        prefix = () if modules[0] == "lm_head" else ("transformer",)
+        return ".".join(map(str, (*prefix, *modules, "bias" if kind == "bias" else "weight")))
+
+    @staticmethod
+    def tensor_axes(path: tuple, ndim: int) -> tuple[int, ...]:
+        """How the axes of a checkpoint's tensor become those of the parameter at a path."""
+        # GPT-2's own layers are stored as (inputs, outputs), as nnx has them.
+        return (1, 0) if path[0] == "lm_head" else tuple(range(ndim))
 
     def stack(self) -> None:
-        """Make `h` one block whose arrays have a leading axis of layers, and scan over them.
-
-        Compiles once for all layers, and keeps no activations inside of them: the backward pass
-        computes those again, a layer at a time.
-        """
-        graphdefs, params = zip(*map(nnx.split, self.blocks()), strict=True)
-        self.h = nnx.merge(graphdefs[0], jax.tree.map(lambda *x: jnp.stack(x), *params))
+        """Make `h` one block with a leading axis of layers: see `models.layers`."""
+        self.h = stacks.stack(self.h)
 
     def unstack(self) -> None:
         """Make `h` a list of blocks again, with the names of the checkpoints."""
-        self.h = nnx.List(self.blocks())
+        self.h = stacks.unstack(self.h)
 
-    def blocks(self) -> list[Block]:
-        """The blocks one by one, stacked or not."""
-        if isinstance(self.h, nnx.List):
-            return list(self.h)
-        graphdef, params = nnx.split(self.h)
-        layers = range(self.config.n_layer)
-        return [nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], params)) for i in layers]
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+        """An empty cache for rows of up to `length` tokens, padding not counted."""
+        self._check_length("length", length)
+        config, stacked = self.config, stacks.is_stacked(self.h)
+        heads = config.n_head, config.n_embd // config.n_head
+        return caches.empty(config.n_layer, batch, length, *heads, dtype, stacked=stacked)
 
-    def __call__(self, ids: Array, **options: Any) -> tuple[Array, list[KeyValue] | None]:
+    @property
+    def cache_batch_axis(self) -> int:
+        return int(stacks.is_stacked(self.h))
+
+    def __call__(self, ids: Array, **options: Any) -> tuple[Array, Cache | None]:
         """Logits for the token after each of `ids`, shape (B, T, V); for the rest see `features`.
 
         `logits(x)` makes them of some features `x`, where all at once would be too many.
@@ -137,7 +212,12 @@ class GPT2(nnx.Module):
         return self.logits(x), cache
 
     def logits(self, features: Array) -> Array:
-        return self.wte.attend(features)  # (..., V)
+        """Scores of the vocabulary, shape (..., V), float32."""
+        # Never rounded to bfloat16: GPT-2's scores are about -100, and it has steps of 0.5 there.
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(features)
+        table = self.wte.embedding[...].astype(features.dtype)
+        return jnp.matmul(features, table.T, preferred_element_type=jnp.float32)
 
     def features(
         self,
@@ -145,8 +225,8 @@ class GPT2(nnx.Module):
         *,
         positions: Array | None = None,
         mask: Array | None = None,
-        cache: list[KeyValue] | None = None,
-    ) -> tuple[Array, list[KeyValue] | None]:
+        cache: Cache | None = None,
+    ) -> tuple[Array, Cache | None]:
         """What the head sees of each of `ids`, and the cache with `ids` added.
 
         Args:
@@ -162,57 +242,55 @@ class GPT2(nnx.Module):
           of padding means nothing.
         """
         length = ids.shape[1]
-        if length > self.config.n_positions:
-            raise ValueError(f"{length} tokens exceed n_positions={self.config.n_positions}")
+        self._check_length("tokens", length)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
+        elif not isinstance(positions, jax.core.Tracer):  # traced ones past the end give NaN
+            self._check_length("positions + 1", int(positions.max()) + 1)
         if mask is None:
             mask = jnp.ones(ids.shape, bool)
 
         if cache is None:
-            slots = positions
+            slots = None
             attend = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, None, :]
         else:
-            # A slot equals a position, so no padding is ever stored, and all slots up to the own
-            # position are filled: one comparison is the whole mask.
-            size = cache[0].key.shape[1]
-            slots = jnp.where(mask, positions, size)
-            attend = jnp.arange(size) <= positions[:, None, :, None]  # (B, 1, T, S)
+            slots = caches.slots(cache, positions, mask)
+            attend = caches.attend(cache, positions)
+
+        def call(block: Block, x: Array, cache: KeyValue | None) -> tuple[Array, KeyValue | None]:
+            return block(x, attend, slots, cache)
 
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
-        if cache is not None:
-            new_cache = []
-            for block, layer_cache in zip(self.blocks(), cache, strict=True):
-                x, layer_cache = block(x, attend, layer_cache, slots)
-                new_cache.append(layer_cache)
-            return self.ln_f(x), new_cache
+        x, cache = stacks.run(self.h, call, x, cache, checkpoint=self.checkpoint)
+        return self.ln_f(x), cache
 
-        if isinstance(self.h, nnx.List):
-            for block in self.h:
-                x, _ = block(x, attend, None, slots)
-        else:
-            graphdef, params = nnx.split(self.h)
-
-            # Between forward and backward pass only what enters a layer is kept.
-            @functools.partial(jax.checkpoint, prevent_cse=False)  # needless in a scan
-            def layer(x: Array, params: nnx.State) -> tuple[Array, None]:
-                return nnx.merge(graphdef, params)(x, attend, None, slots)
-
-            x, _ = jax.lax.scan(layer, x, params)
-        return self.ln_f(x), None
+    def _check_length(self, name: str, length: int) -> None:
+        most = self.config.n_positions
+        if not 1 <= length <= most:
+            raise ValueError(f"{name} must be 1 to n_positions={most}, got {length}")
 
 
 def _linear(
-    config: GPT2Config, inputs: int, outputs: int, *, residual: bool = False, rngs: nnx.Rngs
+    config: GPT2Config,
+    inputs: int,
+    outputs: int,
+    *,
+    residual: bool = False,
+    rngs: nnx.Rngs,
+    **dtypes: Any,
 ) -> nnx.Linear:
     # 2 * n_layer branches add to the residual stream; scaled so, its variance does not grow.
     scale = 1 / math.sqrt(2 * config.n_layer) if residual else 1
     init = nnx.initializers.normal(config.initializer_range * scale)
-    return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs)
+    return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs, **dtypes)
 
 
-def _layer_norm(config: GPT2Config, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _layer_norm(config: GPT2Config, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.LayerNorm:
     # The fast variance, E[x²] - E[x]², cancels where the mean is large.
     return nnx.LayerNorm(
-        config.n_embd, epsilon=config.layer_norm_epsilon, use_fast_variance=False, rngs=rngs
+        config.n_embd,
+        epsilon=config.layer_norm_epsilon,
+        use_fast_variance=False,
+        rngs=rngs,
+        **dtypes,
     )

@@ -1,0 +1,131 @@
+"""What a run leaves for people and for programs: a table, a plot, a line of JSON."""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # draws into files, needs no display
+import matplotlib.pyplot as plt
+
+from common.settings import Training
+
+
+class Curve(NamedTuple):
+    """The loss along a run: pairs of how many examples were seen, and the loss then."""
+
+    train: list[tuple[int, float]]
+    heldout: list[tuple[int, float]]
+
+
+def conclude(
+    settings: Training,
+    runs: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, Curve],
+    *,
+    title: str,
+    unit: str,
+    scores: Sequence[str],
+) -> None:
+    """Print a row of figures per method, draw their curves, and end with all of it as JSON.
+
+    Args:
+      settings: the run's; `loss.png` and `results.json` go to its `output`.
+      runs: per method what `train` found, and the scores on the test data.
+      curves: by method.
+      title: of the plot.
+      unit: what the loss is per, "token" or "image".
+      scores: which of the figures are scores, columns of the table.
+    """
+    kinds = ("optimizer", "accumulator", "temporary")
+    header = [
+        "method",
+        *("optimizer state", "accumulator", "temporaries", "seconds", "loss"),
+        *scores,
+    ]
+    table = []
+    for run in runs:
+        sizes = [human(run[f"{kind}_bytes"]) for kind in kinds]
+        quality = [f"{run['test_loss']:.3f}", *(f"{run[score]:.1f}" for score in scores)]
+        table.append([run["method"], *sizes, f"{run['seconds']:.0f}", *quality])
+    print(f"\n{format_table(header, table)}\n")
+
+    settings.output.mkdir(parents=True, exist_ok=True)
+    plot_curves(curves, settings.output / "loss.png", unit, title)
+    results = {"settings": as_json(settings), "runs": list(runs)}
+    (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"wrote {settings.output}/loss.png and results.json; weights are in {best_of(settings)}")
+    print(json.dumps(results))
+
+
+def as_json(settings: Any) -> dict[str, Any]:
+    """The fields of a settings object, as JSON can hold them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
+
+
+def best_of(settings: Training) -> str:
+    """Where the weights of all methods are, for people."""
+    methods = settings.methods()
+    return f"{settings.output}/{methods[0] if len(methods) == 1 else '*'}/best"
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def peak_memory() -> int:
+    """The most bytes in use so far: of the accelerator, or of this process where there is none."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def human(size: int) -> str:
+    """A number of bytes for people: `human(2_300_000) == '2.19 MiB'`."""
+    for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= bytes_:
+            return f"{size / bytes_:.2f} {unit}"
+    return f"{size / 2**10:.1f} KiB"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others, which hold figures, to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    aligned = [
+        [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+        for first, *rest in [header, rule, *rows]
+    ]
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+
+def plot_curves(curves: Mapping[str, Curve], path: Path, unit: str, title: str) -> None:
+    """Draw the held-out losses as dots and the training losses, smoothed, as thin lines."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, curve in curves.items():
+        (line,) = axes.plot(*np.array(curve.heldout).T, "o-", markersize=4, label=name)
+        seen, loss = np.array(curve.train).T
+        window = max(1, len(loss) // 50)
+        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+        axes.plot(seen[window - 1 :], smooth, color=line.get_color(), alpha=0.5, linewidth=1)
+    # The steep start would leave no room for what tells the methods apart.
+    axes.set_ylim(top=1.1 * max(curve.heldout[0][1] for curve in curves.values()))
+    axes.set(
+        xlabel="examples seen",
+        ylabel=f"loss in nats per {unit}: held-out (dots), training",
+        title=title,
+    )
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

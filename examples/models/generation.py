@@ -1,0 +1,224 @@
+"""Greedy decoding and beam search with a cache, for all models of this folder that write text.
+
+For T5 the prompt is the decoder's start token, `decode` is `functools.partial(model.decode,
+encoded=None, encoder_mask=mask)` and the cache comes from `model.init_cache(..., encoded=encoded)`.
+"""
+
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Tokens = None | int | tuple[int, ...]
+
+
+class Decode(Protocol):
+    """Logits for the token after each of `ids`, shape (B, T, V), and the next cache."""
+
+    def __call__(
+        self, ids: Array, *, positions: Array, mask: Array | None = None, cache: Any
+    ) -> tuple[Array, Any]: ...
+
+
+def greedy(
+    decode: Decode, cache: Any, prompt: Array, mask: Array, new_tokens: int, eos: Tokens, pad: int
+) -> Array:
+    """Extend each prompt by its likeliest next token, again and again. Made to run under jit.
+
+    Args:
+      decode: such as a model.
+      cache: an empty cache with room for the longest prompt and `new_tokens` more.
+      prompt: token ids, shape (B, T), int32, padded on either side.
+      mask: shape (B, T), bool, False for padding.
+      new_tokens: how many tokens to write at most.
+      eos: a row that wrote this token, or one of these, is done; None means that no row ever is.
+      pad: what a row that is done is filled with.
+
+    Returns:
+      The new tokens, shape (B, new_tokens), int32.
+    """
+    _at_least_one(new_tokens=new_tokens)
+    eos = _as_array(eos)
+
+    def write(i, written, logits, done):
+        token = jnp.where(done, pad, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+        return token, written.at[:, i].set(token), done | jnp.isin(token, eos)
+
+    def keep_going(carry):
+        i, _, _, done, _ = carry
+        return (i < new_tokens) & ~done.all()
+
+    def extend(carry):
+        i, token, written, done, cache = carry
+        positions = (length + i - 1)[:, None]
+        logits, cache = decode(token[:, None], positions=positions, cache=cache)
+        token, written, done = write(i, written, logits[:, 0], done)
+        return i + 1, token, written, done, cache
+
+    written = jnp.full((len(prompt), new_tokens), pad, jnp.int32)
+    logits, cache, length = _read(decode, cache, prompt, mask)
+    start = write(0, written, logits, jnp.zeros(len(prompt), bool))
+    return jax.lax.while_loop(keep_going, extend, (1, *start, cache))[2]
+
+
+class _Beams(NamedTuple):
+    """The state of a beam search: K beams a row, best first, that go on, and K that are done."""
+
+    count: Array  # shape (), int32; tokens written so far
+    tokens: Array  # (B, K, new_tokens), int32
+    scores: Array  # (B, K); sums of log-probabilities
+    parents: Array  # (B, K), int32; which beam of the step before each extends
+    done_tokens: Array  # (B, K, new_tokens), int32
+    done_scores: Array  # (B, K); with the length penalty; -inf for what is yet to be found
+    improves: Array  # (B,), bool; whether what goes on might still beat what is done
+
+
+def beam_search(
+    decode: Decode,
+    cache: Any,
+    prompt: Array,
+    mask: Array,
+    new_tokens: int,
+    eos: Tokens,
+    pad: int,
+    *,
+    beams: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    batch_axis: Any = 0,
+    num_return: int = 1,
+) -> tuple[Array, Array]:
+    """Extend each prompt by its likeliest continuations, as far as `beams` at a time find them.
+
+    A continuation scores the sum of its log-probabilities, divided by its length (with its `eos`)
+    to the power of `length_penalty`. Made to run under jit.
+
+    The rules are those of `generate` in transformers 5, down to the heuristics of when to stop: a
+    continuation is done only if it ends among the best `beams` of its step, or at `new_tokens`.
+
+    Args:
+      decode: such as a model.
+      cache: an empty cache with room for the longest prompt and `new_tokens` more.
+      prompt: token ids, shape (B, T), int32, padded on either side.
+      mask: shape (B, T), bool, False for padding.
+      new_tokens: how many tokens to write at most.
+      eos: a continuation ends with this token, or with any of these; None means never.
+      pad: what is behind the end.
+      beams: how many continuations of a row to follow.
+      length_penalty: the larger, the longer; 0 compares the sums.
+      early_stopping: when to give up on a row that has `beams` continuations done. True: at once.
+        False: when the best one under way would, ended here, not be among them. "never": when it
+        could not be even if nothing but certain tokens followed, up to `new_tokens`.
+      batch_axis: of the cache's arrays the axis of rows, or a tree of such axes, a prefix of the
+        cache as `in_axes` of `jax.vmap`. Arrays whose axis is None are left as they are: `decode`
+        then gets `beams` neighbouring rows of `ids` for each of theirs.
+      num_return: how many continuations to return.
+
+    Returns:
+      The best continuations and their scores, best first: tokens, shape (B, num_return,
+      new_tokens), int32, and scores, shape (B, num_return), float32. Where there are fewer at all,
+      the rest are `pad` with a score of -inf.
+    """
+    _at_least_one(new_tokens=new_tokens, beams=beams, num_return=num_return)
+    if num_return > beams:
+        raise ValueError(f"num_return={num_return} exceeds beams={beams}")
+    if early_stopping not in (False, True, "never"):
+        raise ValueError(f"early_stopping must be False, True or 'never', got {early_stopping!r}")
+
+    batch, eos = len(prompt), _as_array(eos)
+    candidates = max(2, 1 + len(eos)) * beams  # if all that can end do, `beams` are left to go on
+
+    def normalized(scores, length):
+        return scores / jnp.asarray(length, jnp.float32) ** length_penalty
+
+    def is_open(state):
+        if early_stopping is True:
+            return state.improves & jnp.isneginf(state.done_scores).any(axis=1)
+        return state.improves
+
+    def choose(state, logits):
+        """Extend the beams by a token, given logits of shape (B, K, V)."""
+        vocabulary, count = logits.shape[-1], state.count + 1
+        scores = state.scores[..., None] + jax.nn.log_softmax(logits.astype(jnp.float32))
+        scores, index = jax.lax.top_k(scores.reshape(batch, -1), candidates)
+        parents, token = index // vocabulary, index % vocabulary
+        tokens = _pick(state.tokens, parents).at[:, :, state.count].set(token)
+        ends = jnp.isin(token, eos) | (count == new_tokens)
+
+        may_be_done = ends & (jnp.arange(candidates) < beams) & is_open(state)[:, None]
+        new_scores = jnp.where(may_be_done, normalized(scores, count), -jnp.inf)
+        done_scores = jnp.concatenate([state.done_scores, new_scores], axis=1)
+        done_scores, best = jax.lax.top_k(done_scores, beams)
+        done_tokens = _pick(jnp.concatenate([state.done_tokens, tokens], axis=1), best)
+
+        scores, best = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), beams)
+        tokens, parents = _pick(tokens, best), _pick(parents, best)
+        final = count
+        if early_stopping == "never":
+            final = jnp.where(jnp.asarray(length_penalty) > 0, new_tokens, count)
+        improves = state.improves & (normalized(scores[:, 0], final) > done_scores.min(axis=1))
+        return _Beams(count, tokens, scores, parents, done_tokens, done_scores, improves)
+
+    def keep_going(carry):
+        state, _ = carry
+        return (state.count < new_tokens) & is_open(state).any()
+
+    def extend(carry):
+        state, cache = carry
+        rows = (jnp.arange(batch)[:, None] * beams + state.parents).ravel()
+        cache = _map_rows(lambda x, axis: jnp.take(x, rows, axis), batch_axis, cache)
+        token = state.tokens[:, :, state.count - 1].reshape(-1, 1)
+        positions = jnp.repeat(length + state.count - 1, beams)[:, None]
+        logits, cache = decode(token, positions=positions, cache=cache)
+        return choose(state, logits.reshape(batch, beams, -1)), cache
+
+    logits, cache, length = _read(decode, cache, prompt, mask)
+    cache = _map_rows(lambda x, axis: jnp.repeat(x, beams, axis), batch_axis, cache)
+    unwritten = jnp.full((batch, beams, new_tokens), pad, jnp.int32)
+    unknown = jnp.full((batch, beams), -jnp.inf)
+    start = _Beams(
+        count=jnp.int32(0),
+        tokens=unwritten,
+        scores=unknown.at[:, 0].set(0.0),  # all beams are alike, and only the first shall count
+        parents=jnp.zeros((batch, beams), jnp.int32),
+        done_tokens=unwritten,
+        done_scores=unknown,
+        improves=jnp.ones(batch, bool),
+    )
+    start = choose(start, jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1])))
+    state, _ = jax.lax.while_loop(keep_going, extend, (start, cache))
+    return state.done_tokens[:, :num_return], state.done_scores[:, :num_return]
+
+
+def _read(decode: Decode, cache: Any, prompt: Array, mask: Array) -> tuple[Array, Any, Array]:
+    """Logits for the token after each prompt, (B, V), the next cache, and the lengths, (B,)."""
+    # Padding does not count: a model with learned positions would notice.
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    logits, cache = decode(prompt, positions=positions, mask=mask, cache=cache)
+    last = jnp.argmax(jnp.where(mask, positions, -1), axis=1)
+    return logits[jnp.arange(len(prompt)), last], cache, mask.sum(axis=1)
+
+
+def _pick(x: Array, index: Array) -> Array:
+    """Of each row of `x`, (B, K, ...), what `index`, (B, J), says."""
+    return x[jnp.arange(len(x))[:, None], index]
+
+
+def _map_rows(function: Any, axes: Any, cache: Any) -> Any:
+    """Apply `function(array, axis)` to the arrays of `cache` that have an axis of rows."""
+
+    def apply(axis, part):
+        return part if axis is None else jax.tree.map(lambda x: function(x, axis), part)
+
+    return jax.tree.map(apply, axes, cache, is_leaf=lambda axis: axis is None)
+
+
+def _as_array(tokens: Tokens) -> Array:
+    return jnp.asarray(() if tokens is None else tokens, jnp.int32).reshape(-1)
+
+
+def _at_least_one(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,159 @@
+"""What LoRA is a projection of: the pilot study of FLORA's paper, its Figure 1.
+
+    python examples/projections.py
+
+A network with one hidden layer learns Fashion-MNIST by SGD, the first layer's weight W in five ways:
+
+    full    W itself
+    lora    W + A B, with A and B trained
+    lora_b  W + A B, with B trained only: the update of W is its gradient in a fixed random subspace
+    rp      the same said of the gradient: compressed and decompressed by one random projection
+    rrp     a new random projection at every step: what FLORA makes of it
+
+LoRA stays near its fixed subspace, and near `rp`; resampling recovers full-rank updates. What comes
+out: a table of losses and accuracies, a plot, and a line of JSON.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from tqdm import tqdm
+
+import florax
+from common import batches, datasets, report, settings
+from models import lora
+
+METHODS = ("full", "lora", "lora_b", "rp", "rrp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    data: str = str(Path(__file__).parent / "data/fashion_mnist")
+    output: Path = Path("runs/projections")
+    seed: int = 0
+    hidden: int = 768
+    rank: int = 8
+    learning_rate: float = 0.01
+    batch: int = 64
+    steps: int = 2000
+    evaluations: int = 10
+
+    def __post_init__(self):
+        for name in ("hidden", "rank", "batch", "steps", "evaluations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rank >= self.hidden:
+            raise ValueError(f"rank={self.rank} must be below hidden={self.hidden}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+
+
+class Network(nnx.Module):
+    def __init__(self, inputs: int, hidden: int, labels: int, *, rngs: nnx.Rngs):
+        self.first = nnx.Linear(inputs, hidden, rngs=rngs)
+        self.second = nnx.Linear(hidden, labels, rngs=rngs)
+
+    def __call__(self, pixels: Array) -> Array:
+        return self.second(nnx.relu(self.first(pixels)))
+
+
+def is_first(path: jax.tree_util.KeyPath, leaf: Any) -> bool:
+    return "first" in jax.tree_util.keystr(path) and leaf.ndim == 2
+
+
+def make_optimizer(s: Settings, method: str) -> optax.GradientTransformation:
+    sgd = optax.sgd(s.learning_rate)
+    if method not in ("rp", "rrp"):
+        return sgd
+
+    def rank(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
+        return s.rank if is_first(path, leaf) else None
+
+    # Without decay the momentum is the gradient itself, there and back through the projection.
+    resample_every = 1 if method == "rrp" else s.steps + 1
+    return optax.chain(sgd, florax.flora_momentum(rank, 0.0, resample_every, key=s.seed))
+
+
+def train(s: Settings, method: str, train: Any, test: Any) -> tuple[report.Curve, float, float]:
+    """The curve, and at the end the loss and the accuracy in percent on the test images."""
+    pixels, labels = train
+    network = Network(pixels.shape[1], s.hidden, int(labels.max()) + 1, rngs=nnx.Rngs(s.seed))
+    trained: Any = nnx.Param
+    if method in ("lora", "lora_b"):
+        lora.add(network, s.rank, rngs=nnx.Rngs(s.seed + 1), where=is_first)
+        trained = lora.trained(freeze_a=method == "lora_b")
+    graphdef, params, frozen = nnx.split(network, trained, ...)
+    tx = make_optimizer(s, method)
+
+    def logits(params: nnx.State, pixels: Array) -> Array:
+        return nnx.merge(graphdef, params, frozen)(pixels)
+
+    def loss_fn(params: nnx.State, pixels: Array, labels: Array) -> Array:
+        scores = logits(params, pixels)
+        return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+
+    @jax.jit
+    def step(params: nnx.State, state: Any, pixels: Array, labels: Array) -> Any:
+        loss, grads = jax.value_and_grad(loss_fn)(params, pixels, labels)
+        updates, state = tx.update(grads, state, params)
+        return loss, optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def evaluate(params: nnx.State) -> tuple[Array, Array]:
+        right = logits(params, test[0]).argmax(axis=-1) == test[1]
+        return loss_fn(params, *test), 100 * right.mean()
+
+    state = jax.jit(tx.init)(params)
+    order = batches.Shuffled(train, s.batch, s.seed)
+    curve, losses = report.Curve([], []), []
+    evaluations = {round(s.steps * i / s.evaluations) for i in range(1, s.evaluations + 1)}
+    for i in tqdm(range(1, s.steps + 1), desc=f"{method:6}"):
+        loss, params, state = step(params, state, *order[i - 1])
+        losses.append(loss)
+        if i in evaluations:
+            curve.train.append((i * s.batch, float(jnp.stack(losses).mean())))
+            curve.heldout.append((i * s.batch, float(evaluate(params)[0])))
+            losses = []
+    test_loss, accuracy = map(float, evaluate(params))
+    return curve, test_loss, accuracy
+
+
+def main(s: Settings) -> None:
+    data = {}
+    for split in ("train", "test"):
+        images = datasets.load_images(s.data, split)
+        data[split] = (images.pixels.reshape(len(images.labels), -1) / 255.0, images.labels)
+    curves, runs = {}, []
+    for method in METHODS:
+        curve, loss, accuracy = train(s, method, data["train"], data["test"])
+        curves[method] = curve
+        runs.append({"method": method, "test_loss": loss, "accuracy": accuracy})
+
+    header = ["method", "training loss", "test loss", "accuracy"]
+    table = [
+        [
+            run["method"],
+            f"{curves[run['method']].train[-1][1]:.3f}",
+            f"{run['test_loss']:.3f}",
+            f"{run['accuracy']:.1f}",
+        ]
+        for run in runs
+    ]
+    print(f"\n{report.format_table(header, table)}\n")
+    s.output.mkdir(parents=True, exist_ok=True)
+    report.plot_curves(curves, s.output / "loss.png", "image", "Fashion-MNIST, SGD")
+    results = {"settings": report.as_json(s), "runs": runs}
+    (s.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"wrote {s.output}/loss.png and results.json")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    settings.run(main, Settings, __doc__)
