@@ -1,7 +1,7 @@
 """Fine-tune GPT-2, or train a small one, to translate German: by FLORA, LoRA or with full buffers.
 
-    python examples/gpt2.py                        # a small GPT-2 from scratch: minutes on two cores
-    python examples/gpt2.py --method all           # no buffers, full-size ones, FLORA: a table
+    python examples/gpt2.py                 # a small GPT-2 from scratch: minutes on two cores
+    python examples/gpt2.py --method all    # no buffers, full-size ones, FLORA: a table
     python examples/gpt2.py --model gpt2 --data iwslt2017    # GPT-2 itself, with a hub connection
     python examples/gpt2.py --help
 
@@ -12,13 +12,12 @@ Hugging Face checkpoint, the loss curves and all figures.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from common import datasets, metrics, report, settings, training
@@ -108,6 +107,11 @@ def translate(model: GPT2, tokenizer: Tokenizer, pairs: list[Pair], s: Settings)
 
 def main(s: Settings) -> None:
     config = load_config(s, GPT2, PRESETS | {"tiny": TINY})
+    if s.length + s.new_tokens > config.n_positions:
+        sys.exit(
+            f"error: length={s.length} and new_tokens={s.new_tokens} exceed the model's "
+            f"n_positions={config.n_positions} together"
+        )
     pairs = {split: datasets.load_pairs(s.data, split) for split in datasets.SPLITS}
 
     def texts():

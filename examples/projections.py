@@ -2,7 +2,7 @@
 
     python examples/projections.py
 
-A network with one hidden layer learns Fashion-MNIST by SGD, the first layer's weight W in five ways:
+A network with one hidden layer learns Fashion-MNIST by SGD, its first weight W in five ways:
 
     full    W itself
     lora    W + A B, with A and B trained
@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -42,7 +43,7 @@ class Settings:
     rank: int = 8
     learning_rate: float = 0.01
     batch: int = 64
-    steps: int = 2000
+    steps: int = 4000
     evaluations: int = 10
 
     def __post_init__(self):
@@ -76,19 +77,30 @@ def make_optimizer(s: Settings, method: str) -> optax.GradientTransformation:
     def rank(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
         return s.rank if is_first(path, leaf) else None
 
-    # Without decay the momentum is the gradient itself, there and back through the projection.
+    # Without decay the momentum is the gradient itself, there and back through the projection: of
+    # the inputs, the larger side of the weight, as LoRA's A has it.
     resample_every = 1 if method == "rrp" else s.steps + 1
-    return optax.chain(sgd, florax.flora_momentum(rank, 0.0, resample_every, key=s.seed))
+    momentum = florax.flora_momentum(
+        rank, 0.0, resample_every, key=s.seed, projection="gaussian", side="larger"
+    )
+    return optax.chain(sgd, momentum)
 
 
 def train(s: Settings, method: str, train: Any, test: Any) -> tuple[report.Curve, float, float]:
     """The curve, and at the end the loss and the accuracy in percent on the test images."""
     pixels, labels = train
+    if s.hidden >= pixels.shape[1]:
+        raise datasets.DataError(
+            f"hidden={s.hidden} must be below the {pixels.shape[1]} numbers of an image of {s.data}"
+        )
     network = Network(pixels.shape[1], s.hidden, int(labels.max()) + 1, rngs=nnx.Rngs(s.seed))
     trained: Any = nnx.Param
     if method in ("lora", "lora_b"):
         lora.add(network, s.rank, rngs=nnx.Rngs(s.seed + 1), where=is_first)
         trained = lora.trained(freeze_a=method == "lora_b")
+        # As `rp` draws its projection: then `lora_b` is the same but for the draw.
+        a = network.first.lora_a
+        a[...] = s.rank**-0.5 * jax.random.normal(jax.random.key(s.seed + 1), a.shape)
     graphdef, params, frozen = nnx.split(network, trained, ...)
     tx = make_optimizer(s, method)
 
@@ -129,18 +141,27 @@ def main(s: Settings) -> None:
     data = {}
     for split in ("train", "test"):
         images = datasets.load_images(s.data, split)
-        data[split] = (images.pixels.reshape(len(images.labels), -1) / 255.0, images.labels)
+        pixels = images.images.reshape(len(images.images), -1) / np.float32(255)
+        data[split] = (pixels, images.labels)
     curves, runs = {}, []
     for method in METHODS:
         curve, loss, accuracy = train(s, method, data["train"], data["test"])
         curves[method] = curve
-        runs.append({"method": method, "test_loss": loss, "accuracy": accuracy})
+        training_loss = curve.train[-1][1]  # the mean since the evaluation before
+        runs.append(
+            {
+                "method": method,
+                "training_loss": training_loss,
+                "test_loss": loss,
+                "accuracy": accuracy,
+            }
+        )
 
     header = ["method", "training loss", "test loss", "accuracy"]
     table = [
         [
             run["method"],
-            f"{curves[run['method']].train[-1][1]:.3f}",
+            f"{run['training_loss']:.3f}",
             f"{run['test_loss']:.3f}",
             f"{run['accuracy']:.1f}",
         ]

@@ -2,11 +2,9 @@
 # ruff: noqa: E402  what the examples import may not be installed
 
 import dataclasses
-import json
-import os
-import signal
-from pathlib import Path
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,9 +16,10 @@ for requirement in ("flax", "matplotlib", "orbax.checkpoint", "tensorboardX", "t
 import safetensors.numpy
 from flax import nnx
 
-from common import batches, optimizers, training
+from common import batches, training
+from common.losses import chunked_cross_entropy
+from common.report import format_table, human
 from common.settings import Training
-from models import checkpoints
 from models.gpt2 import GPT2, GPT2Config
 
 CONFIG = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
@@ -42,7 +41,7 @@ def task():
         validation=rows[70:],
         unit="tokens",
         units=5,
-        learning_rates={method: 1e-2 for method in ("none", "naive", "lora", "flora")},
+        learning_rates=dict.fromkeys(("none", "naive", "lora", "flora"), 0.01),
         files={"vocabulary.txt": b"0 1 2"},
     )
 
@@ -107,7 +106,9 @@ def test_a_resumed_run_ends_with_the_same_bits(changes, tmp_path, monkeypatch):
     parts = settings(tmp_path / "parts", **changes)
     whole_updates = changes["method"] == "flora" and "gradients" not in changes
     # In the dense case after 10 of 18 micro-batches: in the middle of the fourth cycle of three.
-    monkeypatch.setattr(training, "Interruption", lambda: InterruptedAfter(3 if whole_updates else 10))
+    monkeypatch.setattr(
+        training, "Interruption", lambda: InterruptedAfter(3 if whole_updates else 10)
+    )
     with pytest.raises(SystemExit, match="interrupted at update 3: add --resume"):
         train(parts)
     monkeypatch.undo()
@@ -121,3 +122,101 @@ def test_a_resumed_run_ends_with_the_same_bits(changes, tmp_path, monkeypatch):
     figures = ("optimizer_bytes", "accumulator_bytes", "last_validation_loss")
     assert [resumed.figures[f] for f in figures] == [whole.figures[f] for f in figures]
     assert not (tmp_path / "parts" / parts.method / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rank": 3}, "was trained with rank=4, got rank=3: resume with the same settings"),
+        ({"resume": False}, "holds a run that was interrupted: add --resume to go on with it"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings_only(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "Interruption", lambda: InterruptedAfter(1))
+    s = settings(tmp_path, method="none", accumulate=1)
+    with pytest.raises(SystemExit, match="interrupted at update 1"):
+        train(s)
+    with pytest.raises(SystemExit, match=message):
+        train(dataclasses.replace(s, **{"resume": True} | changes))
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
+    s = settings(tmp_path, method="none", accumulate=1, resume=True)
+    first = train(s)
+    monkeypatch.setattr(training, "_Run", None)
+    again = train(s)
+    assert again.figures == first.figures
+    assert again.best == first.best
+
+
+def test_every_epoch_shows_every_example_once_in_a_new_order():
+    data = {"x": np.arange(10)}
+    shuffled = batches.Shuffled(data, size=5, seed=0)
+    epochs = [np.concatenate([shuffled[i]["x"], shuffled[i + 1]["x"]]) for i in (0, 2)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert list(epochs[0]) != list(epochs[1])
+    np.testing.assert_array_equal(shuffled.stacked(2, 2)["x"].ravel(), epochs[1])
+    # What a micro-batch holds does not depend on those before it.
+    alone = batches.Shuffled(data, size=5, seed=0)[3]["x"]
+    np.testing.assert_array_equal(alone, shuffled[3]["x"])
+    with pytest.raises(ValueError, match="micro-batch of 11 needs as many examples, got 10"):
+        batches.Shuffled(data, size=11, seed=0)
+
+
+def test_the_last_batch_of_held_out_examples_is_filled_up_and_says_so():
+    found = list(batches.in_order(np.arange(7), 3))
+    assert [rows[real].tolist() for rows, real in found] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert {len(rows) for rows, _ in found} == {3}
+
+
+@pytest.mark.parametrize("chunk", [5, 14])
+def test_chunked_cross_entropy_equals_the_plain_one(chunk):
+    keys = jax.random.split(jax.random.key(0), 3)
+    weight = jax.random.normal(keys[0], (8, 30))
+    features = jax.random.normal(keys[1], (2, 7, 8))
+    labels = jax.random.randint(keys[2], (2, 7), 0, 30)
+
+    def plain(features, weight):
+        return optax.softmax_cross_entropy_with_integer_labels(features @ weight, labels)
+
+    def chunked(features, weight):
+        return chunked_cross_entropy(lambda x: x @ weight, features, labels, chunk)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def losses_and_gradients(function, features, weight):
+        losses, pull = jax.vjp(function, features, weight)
+        return losses, pull(jnp.arange(14.0).reshape(2, 7) / 14)
+
+    # A loss is a logarithm of 30 exponentials; a gradient sums 14 tokens.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6),
+        losses_and_gradients(chunked, features, weight),
+        losses_and_gradients(plain, features, weight),
+    )
+
+
+def test_no_array_of_chunked_cross_entropy_has_all_logits():
+    def loss(features, weight):
+        labels = jnp.zeros(64, jnp.int32)
+        return chunked_cross_entropy(lambda x: x @ weight, features, labels, 8).sum()
+
+    arrays = jnp.zeros((64, 16)), jnp.zeros((16, 1000))
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
+    # Some of the size of the logits of 8 tokens, where those of 64 take 256,000 bytes.
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 1000 * 4
+
+
+def test_table_is_aligned():
+    table = format_table(["method", "MiB"], [["a", "1.25"], ["longer", "100.00"]])
+    assert table.splitlines() == [
+        "method     MiB",
+        "------  ------",
+        "a         1.25",
+        "longer  100.00",
+    ]
+    assert [human(n) for n in (0, 1536, 2**20, 5 * 2**19)] == [
+        "0.0 KiB",
+        "1.5 KiB",
+        "1.00 MiB",
+        "2.50 MiB",
+    ]

@@ -426,25 +426,32 @@ def test_an_older_save_is_replaced_as_a_whole(tied, untied, tmp_path):
     assert_same(checkpoints.load(folder, GPT2), tied)
 
 
-def test_a_save_that_fails_leaves_the_older_one(tied, folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("problem", "raised", "message"),
+    [
+        (OSError("disk full"), CheckpointError, "model cannot be written: disk full"),
+        (KeyboardInterrupt("^C"), KeyboardInterrupt, "C"),
+    ],
+)
+def test_a_save_that_fails_leaves_the_older_one(tied, folder, problem, raised, message):
     before = contents(folder.parent)
+    rename = Path.rename
 
     def fail(*_, **__):
-        raise OSError("No space left on device")
+        raise problem
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
-    with pytest.raises(CheckpointError, match="model cannot be written: No space left on device"):
-        checkpoints.save(tied, folder)
-    assert contents(folder.parent) == before
+    def fail_once(path, target):
+        return fail() if path.name.endswith("new") else rename(path, target)
 
-    monkeypatch.undo()
-    rename = Path.rename
-    monkeypatch.setattr(
-        Path, "rename", lambda a, b: fail() if a.name.endswith("new") else rename(a, b)
-    )
-    with pytest.raises(CheckpointError, match="No space"):
-        checkpoints.save(tied, folder)
-    assert contents(folder.parent) == before
+    for owner, name, broken in (
+        (safetensors.numpy, "save_file", fail),
+        (Path, "rename", fail_once),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with pytest.raises(raised, match=message):
+                checkpoints.save(tied, folder)
+        assert contents(folder.parent) == before
 
 
 def test_nothing_but_a_checkpoint_is_replaced(tied, folder, tmp_path):

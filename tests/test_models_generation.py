@@ -181,8 +181,20 @@ def test_the_side_of_the_padding_changes_nothing(recurrent):
     np.testing.assert_array_equal(write("left"), write("right"))
 
 
-# The probabilities of tokens 0 to 3 at each step, whatever stands before; token 1 ends a text.
-STEPS = [[0.3, 0.5, 0.2, 0], [0.5, 0.45, 0.05, 0], [0.1, 0.9, 0, 0], *[[0.99, 0.01, 0, 0]] * 5]
+def search_table(steps, eos, new_tokens, **options):
+    """The texts found where `steps` has each step's probabilities, whatever stands before."""
+
+    def decode(ids, *, positions, cache, mask=None):
+        return jnp.log(jnp.array(steps))[positions], cache
+
+    @jax.jit
+    def search(prompt, mask):
+        return beam_search(decode, (), prompt, mask, new_tokens, eos, pad, **options)
+
+    pad = -1
+    found = search(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
+    texts, scores = (array[0].tolist() for array in found)
+    return {tuple(x for x in text if x != pad): s for text, s in zip(texts, scores, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -197,18 +209,17 @@ STEPS = [[0.3, 0.5, 0.2, 0], [0.5, 0.45, 0.05, 0], [0.1, 0.9, 0, 0], *[[0.99, 0.
     ],
 )
 def test_a_search_stops_when_it_is_told_to(early_stopping, expected):
-    def decode(ids, *, positions, cache, mask=None):
-        return jnp.log(jnp.array(STEPS))[positions], cache
-
-    tokens, scores = beam_search(
-        *(decode, (), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), 8, 1, 3),
-        **dict(beams=2, num_return=2, early_stopping=early_stopping),
-    )
-    assert [tuple(text) for text in tokens[0].tolist()] == [
-        (*text, *[3] * (8 - len(text))) for text in expected
-    ]
+    steps = [[0.3, 0.5, 0.2], [0.5, 0.45, 0.05], [0.1, 0.9, 0], *[[0.99, 0.01, 0]] * 5]
+    found = search_table(steps, 1, 8, beams=2, num_return=2, early_stopping=early_stopping)
+    assert list(found) == list(expected)
     log_means = [math.log(value) / len(text) for text, value in expected.items()]
-    np.testing.assert_allclose(scores[0], log_means, rtol=2e-6)
+    np.testing.assert_allclose(list(found.values()), log_means, rtol=2e-6)
+
+
+def test_a_search_goes_on_if_the_likeliest_tokens_all_end_a_text():
+    steps = [[0.1, 0.5, 0.4], *[[1.0, 0.0, 0.0]] * 3]
+    found = search_table(steps, (1, 2), 4, beams=1, early_stopping="never")
+    assert list(found) == [(0, 0, 0, 0)]
 
 
 def test_searches_refuse_impossible_settings():

@@ -188,6 +188,15 @@ def test_tied_head_is_the_embedding_and_another_is_not(model, untied, ids):
         np.testing.assert_allclose(forward(own, ids), features @ head, atol=2e-6)
 
 
+def test_norms_are_exact_where_the_mean_is_large(model):
+    x = 1000 + np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    expected = x.astype(np.float64) - x.mean(axis=1, keepdims=True, dtype=np.float64)
+    expected /= np.sqrt((expected**2).mean(axis=1, keepdims=True) + 1e-5)
+    for norm in (model.ln_f, model.h[0].ln_1, model.h[0].ln_2):
+        # The mean is known to 2⁻²⁴ of itself, or 6e-5.
+        np.testing.assert_allclose(norm(x), expected, atol=3e-4)
+
+
 def test_no_token_sees_a_later_one(model, ids):
     changed = ids.at[0, 6].add(1)
     difference = jnp.abs(forward(model, ids) - forward(model, changed)).max(axis=-1)[0]

@@ -44,7 +44,7 @@ def count(data: Any) -> int:
 
 
 def in_order(data: Any, size: int) -> Any:
-    """All examples in batches of `size`, with a mask of which are real: the last one is filled up."""
+    """All examples in batches of `size`, with a mask of the real ones: the last is filled up."""
     total = count(data)
     for start in range(0, total, size):
         rows = np.arange(start, start + size)

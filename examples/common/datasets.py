@@ -27,6 +27,8 @@ FILE_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "test2016"),
 }
+LINES = (".jsonl.gz", ".jsonl")
+TEXTS = (*LINES, ".txt.gz", ".txt")
 
 
 class DataError(ValueError):
@@ -75,8 +77,20 @@ HUB = {
 }
 
 
+def has_pairs(data: str | Path) -> bool:
+    """Whether these are pairs, for a script that takes texts too."""
+    if not Path(data).is_dir():
+        pairs = [name for name, hub in HUB.items() if hub.kind == "pairs"]
+        return _find_name(data, pairs) is not None
+    path = _find(Path(data), "train", TEXTS)
+    return path.name.endswith(LINES) and "source" in _objects(path, (), 1)[0]
+
+
 def load_texts(data: str | Path, split: str, limit: int | None = None) -> list[str]:
     """The texts of a split.
+
+    Where the hub has no test split, validation is cut in two: test is what follows the first
+    `limit` texts, or the second half.
 
     Args:
       data: a folder, or a name in `HUB`, with or without its owner.
@@ -87,9 +101,13 @@ def load_texts(data: str | Path, split: str, limit: int | None = None) -> list[s
       DataError: they cannot be had; it says why in a sentence.
     """
     if (name := _hub_name(data, "texts")) is not None:
-        return [text for (text,) in _hub_rows(name, split, limit)[0]]
-    path = _find(Path(data), split, (".jsonl.gz", ".jsonl", ".txt.gz", ".txt"))
-    if not path.name.endswith((".txt", ".txt.gz")):
+        if split == "train" or "test" in HUB[name].splits:
+            return [text for (text,) in _hub_rows(name, split, limit)[0]]
+        both = [text for (text,) in _hub_rows(name, "validation", limit and 2 * limit)[0]]
+        half = len(both) // 2
+        return both[:half] if split == "validation" else both[half:]
+    path = _find(Path(data), split, TEXTS)
+    if path.name.endswith(LINES):
         return [item["text"] for item in _objects(path, ("text",), limit)]
     if not (text := "".join(_lines(path))):
         raise DataError(f"{path} is empty")
@@ -101,7 +119,7 @@ def load_pairs(data: str | Path, split: str, limit: int | None = None) -> list[P
     if (name := _hub_name(data, "pairs")) is not None:
         rows, _ = _hub_rows(name, split, limit)
         return [Pair(source, target, (target,)) for source, target in rows]
-    path = _find(Path(data), split, (".jsonl.gz", ".jsonl"))
+    path = _find(Path(data), split, LINES)
     pairs = []
     for item in _objects(path, ("source", "target"), limit):
         references = item.get("references", [item["target"]])
@@ -213,13 +231,16 @@ def _hub_name(data: str | Path, kind: Kind) -> str | None:
     if Path(data).is_dir():
         return None
     names = [name for name, hub in HUB.items() if hub.kind == kind]
-    for name in names:
-        if str(data) in (name, name.split("/")[1]):
-            return name
+    if (name := _find_name(data, names)) is not None:
+        return name
     raise DataError(
         f"there is no folder {data}, and the data sets of the Hugging Face hub that are known "
         f"here as {kind} are {', '.join(names)}"
     )
+
+
+def _find_name(data: str | Path, names: Iterable[str]) -> str | None:
+    return next((name for name in names if str(data) in (name, name.split("/")[1])), None)
 
 
 def _hub_rows(name: str, split: str, limit: int | None) -> tuple[list[list[Any]], Any]:

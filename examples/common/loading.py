@@ -1,7 +1,6 @@
 """The model and the tokenizer that the settings name: new, from a folder, or from the hub."""
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,14 +24,14 @@ def load_tokenizer(
     """
     if settings.tokenizer:
         return tokenization.load(checkpoints.resolve(settings.tokenizer))
-    if _has_files(settings) and tokenization.is_in(folder := checkpoints.resolve(settings.model)):
+    if has_weights(settings) and tokenization.is_in(folder := checkpoints.resolve(settings.model)):
         return tokenization.load(folder)
     return tokenization.train(texts(), vocab_size)
 
 
 def load_config(settings: Training, model_class: Any, presets: Mapping[str, Any]) -> Any:
     """The shape of the model."""
-    if _has_files(settings) or settings.model not in presets:
+    if has_weights(settings) or settings.model not in presets:
         return checkpoints.read_config(checkpoints.resolve(settings.model), model_class)
     return presets[settings.model]
 
@@ -51,12 +50,13 @@ def load_model(settings: Training, model_class: Any, config: Any, **changes: Any
         "param_dtype": jnp.dtype(settings.param_dtype),
         "checkpoint": settings.checkpoint_activations,
     }
-    if _has_files(settings):
+    if has_weights(settings):
         folder = checkpoints.resolve(settings.model)
-        return checkpoints.load(folder, model_class, **changes, **options)
+        return checkpoints.load(folder, model_class, config=config, **changes, **options)
     # Under jit nothing but the weights is ever made.
     return nnx.jit(lambda: model_class(config, rngs=nnx.Rngs(settings.seed), **options))()
 
 
-def _has_files(settings: Training) -> bool:
+def has_weights(settings: Training) -> bool:
+    """Whether training goes on from weights in a folder or on the hub."""
     return settings.pretrained and settings.model != "tiny"

@@ -6,15 +6,15 @@ accumulation wraps both, so that they run once an update.
 
 from typing import Any
 
-import florax
 import jax
 import optax
 
+import florax
 from common.settings import Training
 
 
 def make(settings: Training, method: str, peak: float) -> optax.GradientTransformation:
-    """The transformation for `method`, with a learning rate that rises to `peak` and falls again."""
+    """The transformation for `method`; its learning rate rises to `peak` and falls again."""
     s = settings
     base = _base(s, method, peak)
     if method == "none":

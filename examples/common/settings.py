@@ -12,6 +12,16 @@ from common.datasets import DataError
 from common.tokenization import TokenizerError
 from models.checkpoints import CheckpointError
 
+AT_LEAST_ONE = (
+    "updates",
+    "micro_batch",
+    "accumulate",
+    "rank",
+    "resample_every",
+    "evaluations",
+    "heldout_batch",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:
@@ -70,9 +80,7 @@ class Training:
     save_every: int = 0  # micro-batches between checkpoints; 0: only when interrupted
 
     def __post_init__(self):
-        for (
-            name
-        ) in "updates micro_batch accumulate rank resample_every evaluations heldout_batch".split():
+        for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "save_every", "weight_decay"):

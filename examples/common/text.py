@@ -1,6 +1,7 @@
 """Rows of tokens: padding them, and writing more of them with a decoder-only model."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,27 @@ def pad_left(rows: list[list[int]], length: int, value: int) -> np.ndarray:
     return np.array([[value] * (length - len(row)) + row for row in rows], np.int32)
 
 
+def write_after(
+    model: Any, ids: Array, mask: Array, new_tokens: int, beams: int, eos: int, pad: int
+) -> Array:
+    """What a decoder-only model writes after each prompt; (B, new_tokens)."""
+    cache = model.init_cache(len(ids), ids.shape[1] + new_tokens)
+    if beams == 1:
+        return greedy(model, cache, ids, mask, new_tokens, eos, pad)
+    found = beam_search(
+        model,
+        cache,
+        ids,
+        mask,
+        new_tokens,
+        eos,
+        pad,
+        beams=beams,
+        batch_axis=model.cache_batch_axis,
+    )
+    return found[0][:, 0]
+
+
 def generate(
     model: nnx.Module,
     tokenizer: Tokenizer,
@@ -31,8 +53,9 @@ def generate(
     new_tokens: int,
     beams: int = 1,
     batch: int = 64,
+    write: Callable[..., Array] = write_after,
 ) -> list[str]:
-    """What a decoder-only model writes after each prompt, up to its end token.
+    """What a model writes for each prompt, up to its end token.
 
     Args:
       model: the model.
@@ -41,6 +64,7 @@ def generate(
       new_tokens: to write, at most.
       beams: of the search; 1 is greedy.
       batch: prompts at a time.
+      write: with the arguments of `write_after`, for prompts that are padded on the left.
     """
     length = max(map(len, prompts))
     data = {
@@ -48,30 +72,18 @@ def generate(
         "mask": pad_left([[1] * len(row) for row in prompts], length, 0) == 1,
     }
     graphdef, params = nnx.split(model)
-    stop = (tokenizer.eos, tokenizer.pad)
+    options = (new_tokens, beams, tokenizer.eos, tokenizer.pad)
     texts: list[str] = []
     with tqdm(total=len(prompts), desc="writing", unit=" texts", leave=False) as bar:
         for rows, real in batches.in_order(data, min(batch, len(prompts))):
-            tokens = _write(graphdef, params, rows["ids"], rows["mask"], new_tokens, beams, stop)
+            tokens = _write(write, graphdef, params, rows["ids"], rows["mask"], options)
             texts += tokenizer.decode_batch(np.asarray(tokens)[real])
             bar.update(len(texts) - bar.n)
     return [text.strip() for text in texts]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def _write(
-    graphdef: Any,
-    params: Any,
-    ids: Array,
-    mask: Array,
-    new_tokens: int,
-    beams: int,
-    stop: tuple[int, int],
+    write: Any, graphdef: Any, params: Any, ids: Array, mask: Array, options: tuple[int, ...]
 ) -> Array:
-    model, (eos, pad) = nnx.merge(graphdef, params), stop
-    cache = model.init_cache(len(ids), ids.shape[1] + new_tokens)
-    if beams == 1:
-        return greedy(model, cache, ids, mask, new_tokens, eos, pad)
-    axis = model.cache_batch_axis
-    found = beam_search(model, cache, ids, mask, new_tokens, eos, pad, beams=beams, batch_axis=axis)
-    return found[0][:, 0]
+    return write(nnx.merge(graphdef, params), ids, mask, *options)

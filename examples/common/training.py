@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import florax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from jax import Array
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+import florax
 from common import batches, optimizers
 from common.report import Curve, as_json, human, peak_memory, tree_bytes
 from common.resume import Checkpoints, Interruption
@@ -62,6 +62,11 @@ def train(settings: Training, method: str, model: nnx.Module, task: Task) -> Tra
         results = json.loads((folder / "results.json").read_text())
         return Trained(results["figures"], Curve(**results["curve"]), folder / "best")
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: output={s.output} cannot be a folder: {error.strerror}")
+    checkpoints.check_replaceable(folder / "best", task.files)
     run = _Run(s, method, model, task)
     start = time.perf_counter()
     compiled = run.compile()
@@ -76,13 +81,15 @@ def train(settings: Training, method: str, model: nnx.Module, task: Task) -> Tra
     else:  # the weights of a run before this one stay until there are better ones
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "results.json").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
 
     def save_checkpoint() -> None:
         notes = {
             "settings": as_json(s),
             "examples": batches.count(task.train),
-            **{"done": done, "best": best, "seconds": seconds, "curve": curve._asdict()},
+            "done": done,
+            "best": best,
+            "seconds": seconds,
+            "curve": curve._asdict(),
         }
         saved.save(done, (run.params, run.state), notes)
 
@@ -170,11 +177,19 @@ class _Run:
         self.graphdef, self.params, self.frozen = _split(model, trained)
         peak = s.learning_rate or task.learning_rates[method]
         self.tx = optimizers.make(s, method, peak)
+        if method == "flora":
+            self._check_rank()
         accumulates = method == "flora" and s.accumulate > 1
         # Gradients that are born as sketches are summed as such: then a step is a whole update.
         self.whole_update = accumulates and s.gradients == "sketched"
         self.at_once = s.accumulate if self.whole_update else 1  # micro-batches a step
         self.state: Any = None
+
+    def _check_rank(self) -> None:
+        """Refuse a rank at which FLORA would be the naive method."""
+        report = florax.state_report(self.tx, self.params)
+        if report.rows and not any(row.rank for row in report.rows):
+            sys.exit(f"error: rank={self.settings.rank} compresses nothing of this model: lower it")
 
     def loss(self, params: nnx.State, frozen: nnx.State, batch: Any) -> Array:
         losses, counts = self.task.losses(nnx.merge(self.graphdef, params, frozen), batch)

@@ -235,10 +235,10 @@ def save(
             folder.rename(old)
         aside.rename(folder)
     except (OSError, safetensors.SafetensorError) as error:
-        if old.exists():
-            old.rename(folder)
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
+        if old.exists() and not folder.exists():  # cut short between the two
+            old.rename(folder)
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
 

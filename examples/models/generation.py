@@ -39,38 +39,35 @@ def greedy(
       The new tokens, shape (B, new_tokens), int32.
     """
     _at_least_one(new_tokens=new_tokens)
-    eos = _as_array(eos)
-
-    def write(i, written, logits, done):
-        token = jnp.where(done, pad, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-        return token, written.at[:, i].set(token), done | jnp.isin(token, eos)
+    batch, eos = len(prompt), _as_array(eos)
+    cache, token, position = _read(decode, cache, prompt, mask)
 
     def keep_going(carry):
-        i, _, _, done, _ = carry
-        return (i < new_tokens) & ~done.all()
+        count, _, _, done, _ = carry
+        return (count < new_tokens) & ~done.all()
 
     def extend(carry):
-        i, token, written, done, cache = carry
-        positions = (length + i - 1)[:, None]
+        count, token, written, done, cache = carry
+        positions = (position + count)[:, None]
         logits, cache = decode(token[:, None], positions=positions, cache=cache)
-        token, written, done = write(i, written, logits[:, 0], done)
-        return i + 1, token, written, done, cache
+        token = jnp.where(done, pad, jnp.argmax(logits[:, 0], axis=-1)).astype(jnp.int32)
+        written = written.at[:, count].set(token)
+        return count + 1, token, written, done | jnp.isin(token, eos), cache
 
-    written = jnp.full((len(prompt), new_tokens), pad, jnp.int32)
-    logits, cache, length = _read(decode, cache, prompt, mask)
-    start = write(0, written, logits, jnp.zeros(len(prompt), bool))
-    return jax.lax.while_loop(keep_going, extend, (1, *start, cache))[2]
+    written = jnp.full((batch, new_tokens), pad, jnp.int32)
+    start = jnp.int32(0), token, written, jnp.zeros(batch, bool), cache
+    return jax.lax.while_loop(keep_going, extend, start)[2]
 
 
 class _Beams(NamedTuple):
-    """The state of a beam search: K beams a row, best first, that go on, and K that are done."""
+    """Of each row K continuations that go on and K that are done, both best first."""
 
     count: Array  # shape (), int32; tokens written so far
-    tokens: Array  # (B, K, new_tokens), int32
-    scores: Array  # (B, K); sums of log-probabilities
-    parents: Array  # (B, K), int32; which beam of the step before each extends
+    token: Array  # (B, K), int32; the last of them, or of the prompt
+    tokens: Array  # (B, K, new_tokens), int32; all of them
+    scores: Array  # (B, K); the sums of their log-probabilities
     done_tokens: Array  # (B, K, new_tokens), int32
-    done_scores: Array  # (B, K); with the length penalty; -inf for what is yet to be found
+    done_scores: Array  # (B, K); with the length penalty; -inf where nothing is done yet
     improves: Array  # (B,), bool; whether what goes on might still beat what is done
 
 
@@ -94,8 +91,9 @@ def beam_search(
     A continuation scores the sum of its log-probabilities, divided by its length (with its `eos`)
     to the power of `length_penalty`. Made to run under jit.
 
-    The rules are those of `generate` in transformers 5, down to the heuristics of when to stop: a
-    continuation is done only if it ends among the best `beams` of its step, or at `new_tokens`.
+    The rules are those of `generate` in transformers 5, down to the heuristics of when to stop, and
+    to a continuation being done only if it ends among the best `beams` of its step. But what
+    follows the end is `pad`, where transformers repeats `eos` if `pad` is 0.
 
     Args:
       decode: such as a model.
@@ -107,9 +105,9 @@ def beam_search(
       pad: what is behind the end.
       beams: how many continuations of a row to follow.
       length_penalty: the larger, the longer; 0 compares the sums.
-      early_stopping: when to give up on a row that has `beams` continuations done. True: at once.
-        False: when the best one under way would, ended here, not be among them. "never": when it
-        could not be even if nothing but certain tokens followed, up to `new_tokens`.
+      early_stopping: when a row that has `beams` continuations done is finished. True: at once.
+        False: once the best one under way would not be among them, if it ended here. "never": once
+        it could not be, even if all tokens that follow, up to `new_tokens`, were certain.
       batch_axis: of the cache's arrays the axis of rows, or a tree of such axes, a prefix of the
         cache as `in_axes` of `jax.vmap`. Arrays whose axis is None are left as they are: `decode`
         then gets `beams` neighbouring rows of `ids` for each of theirs.
@@ -117,8 +115,8 @@ def beam_search(
 
     Returns:
       The best continuations and their scores, best first: tokens, shape (B, num_return,
-      new_tokens), int32, and scores, shape (B, num_return), float32. Where there are fewer at all,
-      the rest are `pad` with a score of -inf.
+      new_tokens), int32, and scores, shape (B, num_return), float32. Where there are fewer, the rest
+      are `pad` with a score of -inf.
     """
     _at_least_one(new_tokens=new_tokens, beams=beams, num_return=num_return)
     if num_return > beams:
@@ -128,6 +126,9 @@ def beam_search(
 
     batch, eos = len(prompt), _as_array(eos)
     candidates = max(2, 1 + len(eos)) * beams  # if all that can end do, `beams` are left to go on
+    cache, token, position = _read(decode, cache, prompt, mask)
+    cache = _map_rows(lambda x, axis: jnp.repeat(x, beams, axis), batch_axis, cache)
+    position = jnp.repeat(position, beams)
 
     def normalized(scores, length):
         return scores / jnp.asarray(length, jnp.float32) ** length_penalty
@@ -137,8 +138,20 @@ def beam_search(
             return state.improves & jnp.isneginf(state.done_scores).any(axis=1)
         return state.improves
 
+    def keep_going(carry):
+        state, _ = carry
+        return (state.count < new_tokens) & is_open(state).any()
+
+    def extend(carry):
+        state, cache = carry
+        positions = (position + state.count)[:, None]
+        logits, cache = decode(state.token.reshape(-1, 1), positions=positions, cache=cache)
+        state, parents = choose(state, logits.reshape(batch, beams, -1))
+        rows = (jnp.arange(batch)[:, None] * beams + parents).ravel()
+        return state, _map_rows(lambda x, axis: jnp.take(x, rows, axis), batch_axis, cache)
+
     def choose(state, logits):
-        """Extend the beams by a token, given logits of shape (B, K, V)."""
+        """The state with a token more, and which beams, (B, K), its beams were before."""
         vocabulary, count = logits.shape[-1], state.count + 1
         scores = state.scores[..., None] + jax.nn.log_softmax(logits.astype(jnp.float32))
         scores, index = jax.lax.top_k(scores.reshape(batch, -1), candidates)
@@ -153,51 +166,40 @@ def beam_search(
         done_tokens = _pick(jnp.concatenate([state.done_tokens, tokens], axis=1), best)
 
         scores, best = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), beams)
-        tokens, parents = _pick(tokens, best), _pick(parents, best)
+        parents, token, tokens = (_pick(x, best) for x in (parents, token, tokens))
         final = count
         if early_stopping == "never":
             final = jnp.where(jnp.asarray(length_penalty) > 0, new_tokens, count)
         improves = state.improves & (normalized(scores[:, 0], final) > done_scores.min(axis=1))
-        return _Beams(count, tokens, scores, parents, done_tokens, done_scores, improves)
+        return _Beams(count, token, tokens, scores, done_tokens, done_scores, improves), parents
 
-    def keep_going(carry):
-        state, _ = carry
-        return (state.count < new_tokens) & is_open(state).any()
-
-    def extend(carry):
-        state, cache = carry
-        rows = (jnp.arange(batch)[:, None] * beams + state.parents).ravel()
-        cache = _map_rows(lambda x, axis: jnp.take(x, rows, axis), batch_axis, cache)
-        token = state.tokens[:, :, state.count - 1].reshape(-1, 1)
-        positions = jnp.repeat(length + state.count - 1, beams)[:, None]
-        logits, cache = decode(token, positions=positions, cache=cache)
-        return choose(state, logits.reshape(batch, beams, -1)), cache
-
-    logits, cache, length = _read(decode, cache, prompt, mask)
-    cache = _map_rows(lambda x, axis: jnp.repeat(x, beams, axis), batch_axis, cache)
     unwritten = jnp.full((batch, beams, new_tokens), pad, jnp.int32)
     unknown = jnp.full((batch, beams), -jnp.inf)
     start = _Beams(
         count=jnp.int32(0),
+        token=jnp.repeat(token[:, None], beams, axis=1),
         tokens=unwritten,
         scores=unknown.at[:, 0].set(0.0),  # all beams are alike, and only the first shall count
-        parents=jnp.zeros((batch, beams), jnp.int32),
         done_tokens=unwritten,
         done_scores=unknown,
         improves=jnp.ones(batch, bool),
     )
-    start = choose(start, jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1])))
     state, _ = jax.lax.while_loop(keep_going, extend, (start, cache))
     return state.done_tokens[:, :num_return], state.done_scores[:, :num_return]
 
 
-def _read(decode: Decode, cache: Any, prompt: Array, mask: Array) -> tuple[Array, Any, Array]:
-    """Logits for the token after each prompt, (B, V), the next cache, and the lengths, (B,)."""
+def _read(decode: Decode, cache: Any, prompt: Array, mask: Array) -> tuple[Any, Array, Array]:
+    """The cache of all but the last token of each prompt; that token and its position, (B,)."""
     # Padding does not count: a model with learned positions would notice.
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    logits, cache = decode(prompt, positions=positions, mask=mask, cache=cache)
-    last = jnp.argmax(jnp.where(mask, positions, -1), axis=1)
-    return logits[jnp.arange(len(prompt)), last], cache, mask.sum(axis=1)
+    last = jnp.argmax(jnp.where(mask, positions, -1), axis=1)[:, None]
+    if prompt.shape[1] > 1:
+        before = mask & (positions < positions.max(axis=1, keepdims=True))
+        # Nobody looks at these logits, so that XLA leaves out the head. Those of whole prompts would
+        # be by far the largest array; the loop makes those of the last tokens.
+        _, cache = decode(prompt, positions=positions, mask=before, cache=cache)
+    token, position = (jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (prompt, positions))
+    return cache, token.astype(jnp.int32), position
 
 
 def _pick(x: Array, index: Array) -> Array:

@@ -21,14 +21,18 @@ def is_stacked(layers: Layers) -> bool:
     return not isinstance(layers, nnx.List)
 
 
-def stack(layers: nnx.List) -> nnx.Module:
+def stack(layers: Layers) -> nnx.Module:
     """One module like each of `layers`, its arrays with a leading axis of layers."""
+    if is_stacked(layers):
+        return layers
     graphdefs, params = zip(*map(nnx.split, layers), strict=True)
     return nnx.merge(graphdefs[0], jax.tree.map(lambda *x: jnp.stack(x), *params))
 
 
-def unstack(layers: nnx.Module) -> nnx.List:
+def unstack(layers: Layers) -> nnx.List:
     """The list that `stack` was given."""
+    if not is_stacked(layers):
+        return layers
     graphdef, params = nnx.split(layers)
     count = len(jax.tree.leaves(params)[0])
     unstacked = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(count)]

@@ -9,7 +9,7 @@ V the vocabulary.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -308,11 +308,13 @@ class T5(nnx.Module):
     model_type = "t5"
     architecture = "T5ForConditionalGeneration"
     base_prefix = ""
-    ignored_tensors = (
-        # Cross attention never used the table, and these are copies of `shared.weight`.
+    ignored_tensors = (  # the first files have this table, but no model ever used it
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
-        r"(encoder|decoder)\.embed_tokens\.weight",
     )
+    other_names: ClassVar = {  # copies of it, or all that there is
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
 
     def __init__(
         self,

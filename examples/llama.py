@@ -1,0 +1,270 @@
+"""Train a small LLaMA, or fine-tune a published one: by FLORA, LoRA or with full buffers.
+
+    python examples/llama.py                 # a small LLaMA from scratch: minutes on two cores
+    python examples/llama.py --method all    # no buffers, full-size ones, FLORA: a table
+    python examples/llama.py --model examples/data/stories260k    # on from published weights
+    python examples/llama.py --model HuggingFaceTB/SmolLM2-135M --data examples/data/scitldr
+    python examples/llama.py --help
+
+Texts are laid end to end and cut into rows of tokens, each of which is to be predicted from those
+before it. Of pairs the model reads the source in a prompt, and the loss is that of the target.
+What comes out: how held-out texts go on, a table of memory, time and quality (perplexity; of
+pairs ROUGE-1/2/L, too), and in the output folder the best weights as a Hugging Face checkpoint,
+the loss curves and all figures. Published weights are scored before training as well.
+"""
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from common import datasets, metrics, report, settings, training
+from common.datasets import Pair
+from common.loading import has_weights, load_config, load_model, load_tokenizer
+from common.losses import chunked_cross_entropy
+from common.text import generate, pad_right
+from common.tokenization import Tokenizer, TokenizerError
+from models import checkpoints
+from models.llama import PRESETS, Llama, LlamaConfig
+
+# Adafactor factors what is at least 128 wide. Token ids are those of a tokenizer trained here.
+TINY = LlamaConfig(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+
+LEARNING_RATES = {"none": 2e-3, "naive": 4e-3, "lora": 4e-3, "flora": 4e-3}
+FINE_TUNING_RATES = {"none": 1e-3, "naive": 2e-3, "lora": 2e-3, "flora": 2e-3}
+LOGITS = 1024  # tokens that have them at once; with 49,152 tokens in the vocabulary 192 MiB
+SHOWN = 3  # prompts
+PROMPT = 12  # words of a held-out text that are one
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings.Training):
+    data: str = str(Path(__file__).parent / "data/tinystories")
+    output: Path = Path("runs/llama")
+    texts: int | None = None  # or pairs of the train split, the first ones; None: all
+    heldout_texts: int | None = 500  # the same of validation and of test
+    length: int = 128  # tokens of a row
+    new_tokens: int = 48  # of what is written after a prompt; of a row of a pair the target's part
+    template: str = "{source}\n\nTL;DR:"  # of a pair's prompt
+
+    updates: int = 800
+    micro_batch: int = 4
+    accumulate: int = 4
+    rank: int = 32  # a quarter of the width, so that a sketch is a quarter of its matrix
+    resample_every: int = 100
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("texts", "heldout_texts", "length", "new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.template.count("{source}") != 1:
+            raise ValueError(f"template must have {{source}} once, got {self.template!r}")
+
+    def texts_of(self, split: str) -> int | None:
+        return self.texts if split == "train" else self.heldout_texts
+
+
+# The data.
+
+
+class Prompt(NamedTuple):
+    """What the model is to go on from, of the test split."""
+
+    text: str
+    ids: list[int]
+    expected: tuple[str, ...]  # what is right; of a text how it goes on
+
+
+class Data(NamedTuple):
+    tokenizer: Tokenizer
+    rows: dict[str, dict[str, np.ndarray]]  # by split; `ids`, and where in them targets `begin`
+    #   and `end`
+    prompts: list[Prompt]
+
+
+def read_texts(s: Settings, vocab_size: int) -> Data:
+    texts = {
+        split: datasets.load_texts(s.data, split, s.texts_of(split)) for split in datasets.SPLITS
+    }
+    tokenizer = load_tokenizer(s, lambda: texts["train"], vocab_size)
+    rows = {}
+    for split, own in texts.items():
+        rows[split] = pack(own, tokenizer, s.length)
+        count = len(rows[split]["ids"])
+        print(f"{split}: {len(own):,} texts, {count:,} rows of {s.length} tokens")
+
+    prompts = []
+    for text in texts["test"][:SHOWN]:
+        words = text[:1000].split()
+        start, rest = " ".join(words[:PROMPT]), " ".join(words[PROMPT:])
+        prompts.append(Prompt(start, first(tokenizer) + tokenizer.encode(start), (rest,)))
+    return Data(tokenizer, rows, prompts)
+
+
+def pack(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
+    """Rows of all texts laid end to end; a row's last token is the first one of the next.
+
+    So all tokens but the very first are predicted once, as `length` inputs have as many targets.
+    What does not fill a row at the end is left out.
+    """
+
+    def encode(text: str) -> np.ndarray:
+        return np.array([*first(tokenizer), *tokenizer.encode(text), tokenizer.eos], np.int32)
+
+    stream = np.concatenate([encode(text) for text in tqdm(texts, "tokenizing", leave=False)])
+    if len(stream) <= length:
+        raise datasets.DataError(f"length={length} is more than all {len(stream):,} tokens have")
+    ids = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]
+    begin, end = (np.full(len(ids), place, np.int32) for place in (1, length + 1))
+    return {"ids": ids, "begin": begin, "end": end}
+
+
+def first(tokenizer: Tokenizer) -> list[int]:
+    """What a text begins with: nothing where that is the token that ends the one before."""
+    return [] if tokenizer.bos in (None, tokenizer.eos) else [tokenizer.bos]
+
+
+def read_pairs(s: Settings, vocab_size: int) -> Data:
+    pairs = {
+        split: datasets.load_pairs(s.data, split, s.texts_of(split)) for split in datasets.SPLITS
+    }
+
+    def texts() -> Iterator[str]:
+        for pair in pairs["train"]:
+            yield from (s.template.replace("{source}", pair.source), target_text(pair, s))
+
+    tokenizer = load_tokenizer(s, texts, vocab_size)
+    prompts, rows = {}, {}
+    for split, own in pairs.items():
+        prompts[split] = [
+            Prompt(pair.source, encode_prompt(pair, tokenizer, s), pair.references) for pair in own
+        ]
+        targets = [[*tokenizer.encode(target_text(pair, s)), tokenizer.eos] for pair in own]
+        rows[split] = join(prompts[split], targets, tokenizer.pad, s.length)
+        cut = sum(len(prompt.ids) == s.length - s.new_tokens for prompt in prompts[split])
+        print(f"{split}: {len(own):,} pairs, {cut:,} of the sources cut to fit into {s.length}")
+    return Data(tokenizer, rows, prompts["test"])
+
+
+def target_text(pair: Pair, s: Settings) -> str:
+    return pair.target if s.template[-1].isspace() else f" {pair.target}"
+
+
+def encode_prompt(pair: Pair, tokenizer: Tokenizer, s: Settings) -> list[int]:
+    """The template with the source in it, of which as much is cut off as `new_tokens` need."""
+    before, after = map(tokenizer.encode, s.template.split("{source}"))
+    if before[:1] != first(tokenizer):  # as those of a chat may
+        before = first(tokenizer) + before
+    room = s.length - s.new_tokens - len(before) - len(after)
+    if room < 1:
+        raise datasets.DataError(
+            f"length={s.length} leaves no room for a source beside new_tokens={s.new_tokens} and "
+            f"the template's {len(before) + len(after)}"
+        )
+    return [*before, *tokenizer.encode(pair.source)[:room], *after]
+
+
+def join(
+    prompts: list[Prompt], targets: list[list[int]], pad: int, length: int
+) -> dict[str, np.ndarray]:
+    """Rows of a prompt and its target, which is cut off where a row ends."""
+    joined = [(a.ids + b)[: length + 1] for a, b in zip(prompts, targets, strict=True)]
+    return {
+        "ids": pad_right(joined, length + 1, pad),
+        "begin": np.array([len(prompt.ids) for prompt in prompts], np.int32),
+        "end": np.array([len(row) for row in joined], np.int32),
+    }
+
+
+# The loss.
+
+
+def losses(model: Llama, batch: dict[str, Array]) -> tuple[Array, Array]:
+    """The loss of each token, zero where it is no target, and which are; (B, length)."""
+    inputs, labels = batch["ids"][:, :-1], batch["ids"][:, 1:]
+    place = 1 + jnp.arange(labels.shape[1])
+    counts = (place >= batch["begin"][:, None]) & (place < batch["end"][:, None])
+    features, _ = model.features(inputs)
+    token_losses = chunked_cross_entropy(model.logits, features, labels, LOGITS)
+    return jnp.where(counts, token_losses, 0.0), counts
+
+
+def main(s: Settings) -> None:
+    config = load_config(s, Llama, PRESETS | {"tiny": TINY})
+    if s.length > config.max_position_embeddings:
+        raise datasets.DataError(
+            f"length={s.length} exceeds max_position_embeddings={config.max_position_embeddings}"
+        )
+    has_pairs = datasets.has_pairs(s.data)
+    tokenizer, data, prompts = (read_pairs if has_pairs else read_texts)(s, config.vocab_size)
+    largest = max(int(rows["ids"].max()) for rows in data.values())
+    if largest >= config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer gives ids up to {largest}, vocab_size={config.vocab_size} of the model"
+        )
+
+    def score(model: Llama) -> tuple[dict[str, float], list[str]]:
+        ids = [prompt.ids for prompt in prompts]
+        written = generate(model, tokenizer, ids, s.new_tokens, batch=s.heldout_batch)
+        loss = training.heldout_loss(losses, model, data["test"], s.heldout_batch)
+        scores = {"test_loss": loss, "perplexity": float(np.exp(loss))}
+        if has_pairs:
+            scores |= metrics.rouge(written, [prompt.expected for prompt in prompts])
+        return scores, written
+
+    task = training.Task(
+        losses=losses,
+        train=data["train"],
+        validation=data["validation"],
+        unit="tokens",
+        units=s.length,
+        learning_rates=FINE_TUNING_RATES if has_weights(s) else LEARNING_RATES,
+        files=tokenizer.files,
+    )
+    written: dict[str, list[str]] = {}
+    before: dict[str, float] = {}
+    if has_weights(s):
+        before, written["before"] = score(load_model(s, Llama, config))
+    runs: list[dict[str, Any]] = []
+    curves = {}
+    for method in s.methods():
+        trained = training.train(s, method, load_model(s, Llama, config), task)
+        best = checkpoints.load(trained.best, Llama, stacked=s.scan)
+        curves[method] = trained.curve
+        scores, written[method] = score(best)
+        runs.append(trained.figures | scores | {f"{k}_before": v for k, v in before.items()})
+
+    for i, prompt in enumerate(prompts[:SHOWN]):
+        print(f"\n{shorten(prompt.text)}\n  {'expected':9} {shorten(prompt.expected[0])}")
+        for name, own in written.items():
+            print(f"  {name:9} {shorten(own[i])}")
+    if before:
+        print("\nbefore training:", ", ".join(f"{k} {v:.3f}" for k, v in before.items()))
+    names = ["perplexity", *(metrics.ROUGE if has_pairs else ())]
+    report.conclude(s, runs, curves, title="Language modelling", unit="token", scores=names)
+
+
+def shorten(text: str) -> str:
+    return textwrap.shorten(text, 300, placeholder=" ...")
+
+
+if __name__ == "__main__":
+    settings.run(main, Settings, __doc__)

@@ -1,0 +1,279 @@
+"""Every command line of the READMEs: its flags are understood, and at a tiny size it runs."""
+# ruff: noqa: E402  what the examples import may not be installed
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for requirement in (
+    "flax",
+    "gguf",
+    "matplotlib",
+    "orbax.checkpoint",
+    "rouge_score",
+    "sacrebleu",
+    "safetensors",
+    "tensorboardX",
+    "tokenizers",
+    "tqdm",
+    "tyro",
+):
+    pytest.importorskip(requirement)
+
+import jax
+from flax import nnx
+
+from common import settings, tokenization
+from models import checkpoints
+from models.gpt2 import GPT2, GPT2Config
+from models.llama import Llama, LlamaConfig
+from models.t5 import T5, T5Config
+from models.vit import ViT, ViTConfig
+
+REPOSITORY = Path(__file__).parents[1]
+READMES = (REPOSITORY / "README.md", REPOSITORY / "examples/README.md")
+SCRIPTS = ("t5", "gpt2", "vit", "llama")
+PAIRS = [("Ein Hund schläft.", "A dog sleeps."), ("Die Katze frisst.", "The cat eats.")] * 6
+
+
+def commands():
+    """The arguments of every `python examples/...` in the READMEs, as bash expands them."""
+    found = []
+    for readme in READMES:
+        blocks = re.findall(r"^```sh\n(.*?)^```", readme.read_text(), re.M | re.S)
+        defined = "pip() { :; }; pytest() { :; }; python() { printf '%s\\n' \"$*\"; }\n"
+        printed = subprocess.run(
+            ["bash", "-eu", "-c", defined + "\n".join(blocks)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        found += [shlex.split(line) for line in printed.splitlines()]
+    return [(Path(path).stem, tuple(arguments)) for path, *arguments in found]
+
+
+def test_the_readmes_have_commands_for_every_script_and_setting():
+    found = commands()
+    assert {script for script, _ in found} >= {*SCRIPTS, "projections", "convert_gguf"}
+    ranks = {
+        arguments[arguments.index("--rank") + 1] for _, arguments in found if "--rank" in arguments
+    }
+    assert ranks >= {"8", "16", "32", "64", "128", "256", "512"}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "projections"])
+def test_the_settings_of_every_command_are_understood(script):
+    module = importlib.import_module(script)
+    for name, arguments in commands():
+        if name == script:
+            parsed = settings.parse(module.Settings, None, arguments)
+            assert isinstance(parsed, module.Settings)
+
+
+SMALL = {
+    "updates": 2,
+    "steps": 20,
+    "accumulate": 2,
+    "micro_batch": 2,
+    "rank": 2,
+    "hidden": 16,
+    "resample_every": 1,
+    "evaluations": 1,
+    "heldout_batch": 4,
+    "scored": 2,
+    "length": 48,
+    "new_tokens": 2,
+    "source_length": 16,
+    "target_length": 6,
+    "texts": 12,
+}
+
+
+def flags_of(script, arguments):
+    """What tells commands apart at a tiny size: all but numbers, models and data."""
+    words = [word for word in arguments if not re.fullmatch(r"[\d.e-]+", word)]
+    for named in ("--model", "--data", "--tokenizer"):
+        if named in words:
+            at = words.index(named)
+            del words[at : at + 2]
+    flags = re.findall(r"--\S+(?: [^-]\S*)?", " ".join(words))
+    return script, frozenset(flags), "--accumulate" in arguments
+
+
+def different():
+    """A command of each kind; those whose every flag was in one before are for the night."""
+    kinds = {}
+    for script, arguments in commands():
+        if script in SCRIPTS:
+            kinds.setdefault(flags_of(script, arguments), (script, arguments))
+    seen, parameters = set(), []
+    for (script, flags, accumulates), command in kinds.items():
+        own = {(script, flag) for flag in (*flags, accumulates)}
+        marks = pytest.mark.slow if own <= seen else ()
+        seen |= own
+        parameters.append(pytest.param(*command, marks=marks, id=f"{script}-{len(parameters)}"))
+    return parameters
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Per script a tiny model with weights and a tokenizer, and tiny data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = tokenization.train([" ".join(pair) for pair in PAIRS], 300)
+    width, layers = 8, 1
+    models = {
+        "t5": T5(
+            T5Config(vocab_size=300, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2),
+            rngs=nnx.Rngs(0),
+        ),
+        "gpt2": GPT2(
+            GPT2Config(vocab_size=300, n_positions=128, n_embd=width, n_layer=layers, n_head=2),
+            rngs=nnx.Rngs(0),
+        ),
+        "llama": Llama(
+            LlamaConfig(
+                vocab_size=300,
+                hidden_size=width,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=128,
+            ),
+            rngs=nnx.Rngs(0),
+        ),
+        "vit": ViT(
+            ViTConfig(
+                image_size=8,
+                patch_size=4,
+                hidden_size=width,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            ),
+            rngs=nnx.Rngs(0),
+        ),
+    }
+    for name, model in models.items():
+        files = {} if name == "vit" else tokenizer.files
+        checkpoints.save(model, folder / "models" / name, files)
+
+    lines = {
+        "pairs": [{"source": source, "target": target} for source, target in PAIRS],
+        "texts": [{"text": " ".join(pair)} for pair in PAIRS],
+    }
+    for kind, objects in lines.items():
+        (folder / kind).mkdir()
+        for split in ("train", "validation", "test"):
+            text = "".join(json.dumps(item) + "\n" for item in objects)
+            (folder / kind / f"{split}.jsonl").write_text(text)
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        np.savez(
+            folder / "images" / f"{split}.npz",
+            images=rng.integers(0, 256, (20, 8, 8, 3)).astype(np.uint8),
+            labels=np.arange(20) % 2,
+            class_names=np.array(["left", "right"]),
+        )
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    # What runs here are two steps: most of the time is that of the compiler.
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("script, arguments", different())
+def test_every_command_runs_at_a_tiny_size(script, arguments, folders, tmp_path, capsys):
+    module = importlib.import_module(script)
+    chosen = settings.parse(module.Settings, None, arguments)
+    fields = {field.name for field in dataclasses.fields(module.Settings)}
+    small = {name: value for name, value in SMALL.items() if name in fields}
+    for name in ("accumulate", "rank"):  # where it is one there is no accumulation
+        small[name] = min(small[name], getattr(chosen, name))
+    kind = {"vit": "images", "llama": "texts"}.get(script, "pairs")
+    if "scitldr" in chosen.data and script == "llama":
+        kind = "pairs"
+    chosen = dataclasses.replace(
+        chosen,
+        model=str(folders / "models" / script),
+        data=str(folders / kind),
+        output=tmp_path,
+        **small,
+    )
+    if chosen.tokenizer:
+        chosen = dataclasses.replace(chosen, tokenizer=chosen.model)
+    module.main(chosen)
+
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [run["method"] for run in results["runs"]] == list(chosen.methods())
+    for run in results["runs"]:
+        assert np.isfinite(run["test_loss"])
+        assert checkpoints.load(tmp_path / run["method"] / "best", type_of(script))
+    assert (tmp_path / "loss.png").is_file()
+
+
+def type_of(script):
+    return {"t5": T5, "gpt2": GPT2, "llama": Llama, "vit": ViT}[script]
+
+
+MISTAKES = [
+    ("gpt2", ["--data", "nowhere"], "there is no folder nowhere"),
+    ("gpt2", ["--model", "nowhere/nothing/at/all"], "there is no folder nowhere/nothing/at/all"),
+    ("gpt2", ["--rank", "0"], "rank must be at least 1, got 0"),
+    ("gpt2", ["--learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
+    ("gpt2", ["--warmup", "1.5"], "warmup must be in [0, 1), got 1.5"),
+    ("gpt2", ["--length", "5"], "length=5 leaves none of"),
+    ("gpt2", ["--length", "2000"], "n_positions=96"),
+    ("gpt2", ["--metod", "naive"], "--metod"),
+    ("gpt2", ["--method", "full"], "full"),
+    ("gpt2", ["--freeze-a"], "freeze_a is LoRA's, got method=flora"),
+    ("gpt2", ["--projection", "gaussian"], "residual needs orthonormal rows"),
+    ("gpt2", ["--weight-decay", "0.1"], "weight_decay=0.1 is AdamW's"),
+    ("gpt2", ["--layerwise"], "layerwise finds the layers in their scan: add --scan"),
+    ("gpt2", ["--layerwise", "--scan", "--method", "lora"], "layerwise is for full weights"),
+    ("gpt2", ["--layerwise", "--scan", "--method", "naive"], "layerwise never has all gradients"),
+    (
+        "gpt2",
+        ["--layerwise", "--scan", "--gradients", "dense"],
+        "layerwise needs gradients=sketched",
+    ),
+    ("gpt2", ["--rank", "160"], "rank=160 compresses nothing"),
+    ("gpt2", ["--rank", "160", "--method", "lora"], "rank=160 saves nothing in"),
+    ("gpt2", ["--output", __file__], "cannot be a folder"),
+    ("t5", ["--model", "{gpt2}"], "describes a model of type 'gpt2', not 't5'"),
+    ("vit", ["--data", "{pairs}"], "has no train split: it needs a file train.npz"),
+    ("llama", ["--data", "{images}"], "no train"),
+    ("projections", ["--rank", "1000"], "rank=1000 must be below hidden=768"),
+    ("convert_gguf", ["nowhere.gguf", "{pairs}"], "nowhere.gguf"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), MISTAKES)
+def test_mistakes_are_explained_in_a_sentence(
+    script, arguments, message, folders, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"gpt2": folders / "models/gpt2", "pairs": folders / "pairs"}
+    places["images"] = folders / "images"
+    arguments = [argument.format(**places) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    # SystemExit with a text prints it to stderr; no other exception gets here.
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(REPOSITORY / f"examples/{script}.py"), run_name="__main__")
+    assert exit.value.code not in (None, 0)
+    explained = f"{exit.value.code} {capsys.readouterr().err}"
+    assert message in " ".join(explained.replace("│", " ").split())
+    assert "Traceback" not in explained
