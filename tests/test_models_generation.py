@@ -222,6 +222,23 @@ def test_a_search_goes_on_if_the_likeliest_tokens_all_end_a_text():
     assert list(found) == [(0, 0, 0, 0)]
 
 
+def test_a_long_prompt_never_has_its_logits():
+    batch, length, vocabulary = 4, 100, 5000
+    config = GPT2Config(vocabulary, length + 1, n_embd=8, n_layer=1, n_head=1)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0))))
+
+    @jax.jit
+    def run(params, ids):
+        model = nnx.merge(graphdef, params)
+        cache = model.init_cache(batch, length + 1)
+        return greedy(model, cache, ids, jnp.ones(ids.shape, bool), 1, None, PAD)
+
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    compiled = run.lower(params, ids).compile()
+    last_logits = batch * vocabulary * 4  # bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * last_logits
+
+
 def test_searches_refuse_impossible_settings():
     def refused(message, search, new_tokens=3, **options):
         with pytest.raises(ValueError, match=message):

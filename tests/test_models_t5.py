@@ -243,14 +243,13 @@ def test_parameters_have_the_names_of_the_checkpoints():
         assert T5.tensor_name(path) == name
 
 
-def test_florax_finds_attention_and_feed_forward_and_nothing_else(model):
-    for form in (model, nnx.clone(model)):
-        if form is not model:
-            form.stack()
-        params = nnx.to_pure_dict(nnx.state(form))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            found = florax.attention_and_feed_forward(path, leaf)
-            assert found == (path[-1].key == "kernel")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_florax_finds_attention_and_feed_forward_and_nothing_else(stacked):
+    model = variant(random_model(GATED), stacked=stacked)
+    params = nnx.to_pure_dict(nnx.state(model))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        in_a_block = path[-1].key == "kernel" and path[0].key != "lm_head"
+        assert florax.attention_and_feed_forward(path, leaf) == in_a_block
 
 
 # Positions.

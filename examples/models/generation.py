@@ -114,9 +114,8 @@ def beam_search(
       num_return: how many continuations to return.
 
     Returns:
-      The best continuations and their scores, best first: tokens, shape (B, num_return,
-      new_tokens), int32, and scores, shape (B, num_return), float32. Where there are fewer, the rest
-      are `pad` with a score of -inf.
+      The best continuations, shape (B, num_return, new_tokens), int32, and their scores, shape (B,
+      num_return), float32, best first. Where there are fewer, the rest are `pad`, of score -inf.
     """
     _at_least_one(new_tokens=new_tokens, beams=beams, num_return=num_return)
     if num_return > beams:
@@ -195,8 +194,8 @@ def _read(decode: Decode, cache: Any, prompt: Array, mask: Array) -> tuple[Any, 
     last = jnp.argmax(jnp.where(mask, positions, -1), axis=1)[:, None]
     if prompt.shape[1] > 1:
         before = mask & (positions < positions.max(axis=1, keepdims=True))
-        # Nobody looks at these logits, so that XLA leaves out the head. Those of whole prompts would
-        # be by far the largest array; the loop makes those of the last tokens.
+        # Nobody looks at these logits, so XLA leaves out the head: those of whole prompts would be
+        # by far the largest array. The loop makes those of the last tokens.
         _, cache = decode(prompt, positions=positions, mask=before, cache=cache)
     token, position = (jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (prompt, positions))
     return cache, token.astype(jnp.int32), position
