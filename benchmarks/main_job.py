@@ -26,6 +26,7 @@ from steps import dense, full_size, one_by_one
 
 sys.path[0] = str(results.HERE.parent / "examples")  # has a `models` too
 import gpt2  # noqa: E402
+from common import optimizers  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,26 +37,23 @@ class Settings:
 
 def measure(s: Settings) -> dict[str, Any]:
     example = gpt2.Settings()
-    config = gpt2.GPT2Config(
-        vocab_size=example.vocab_size,
-        n_positions=example.length,
-        n_embd=example.n_embd,
-        n_layer=example.n_layer,
-        n_head=example.n_head,
-    )
+    config = gpt2.TINY
     graphdef, params = nnx.split(gpt2.GPT2(config, rngs=nnx.Rngs(0)))
-    shape = (example.accumulate, example.micro_batch, example.length)
-    rows = np.random.default_rng(0).integers(3, example.vocab_size, shape)
-    rows[:, :, example.length // 2] = gpt2.SEP
+    rows, length = (example.accumulate, example.micro_batch), example.length
+    batch = {
+        "ids": np.random.default_rng(0).integers(3, config.vocab_size, (*rows, length), np.int32),
+        "begin": np.full(rows, length // 2, np.int32),
+        "end": np.full(rows, length, np.int32),
+    }
 
-    def loss_fn(params: nnx.State, rows: jax.Array) -> jax.Array:
-        losses, counts = gpt2.token_losses(nnx.merge(graphdef, params), rows)
+    def loss_fn(params: nnx.State, batch: Any) -> jax.Array:
+        losses, counts = gpt2.losses(nnx.merge(graphdef, params), batch)
         return losses.sum() / counts.sum()
 
     adafactor = optax.adafactor(2e-3, multiply_by_parameter_scale=False)
-    full = optax.chain(adafactor, optax.ema(example.decay, debias=False))
-    multisteps = gpt2.make_optimizer(example, "full")
-    flora = gpt2.make_optimizer(example, "flora")
+    full = optax.chain(adafactor, optax.ema(example.momentum, debias=False))
+    multisteps = optimizers.make(example, "naive", 2e-3)
+    flora = optimizers.make(example, "flora", 2e-3)
     methods = {
         "full": (full, full_size(loss_fn, full), 1),
         "multisteps": (multisteps, one_by_one(loss_fn, multisteps), example.accumulate),
@@ -69,7 +67,7 @@ def measure(s: Settings) -> dict[str, Any]:
     def seconds(name: str) -> float:
         start, calls = time.perf_counter(), methods[name][2]
         for _ in range(calls):
-            loss, *kept[name] = jitted[name](*kept[name], rows)
+            loss, *kept[name] = jitted[name](*kept[name], batch)
         loss.block_until_ready()
         return (time.perf_counter() - start) / example.accumulate
 

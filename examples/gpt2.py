@@ -32,7 +32,8 @@ from models.gpt2 import GPT2, PRESETS, GPT2Config
 TINY = GPT2Config(vocab_size=2048, n_positions=96, n_embd=160, n_layer=3, n_head=5)
 PROMPT = "translate German to English: {source}. English:"
 
-# Each the best of 0.5, 1, 2, 4 and 8 times 1e-3, by the validation loss after 2,000 updates.
+# Each the best of 0.5, 1, 2, 4 and 8 times 1e-3, by the validation loss after 2,000 updates; but
+# `lora` has that of `naive`.
 LEARNING_RATES = {"none": 1e-3, "naive": 2e-3, "lora": 2e-3, "flora": 2e-3}
 LOGITS = 1024  # tokens that have them at once; with GPT-2's own vocabulary 200 MiB
 SHOWN = 8  # translations

@@ -47,7 +47,7 @@ TINY = LlamaConfig(
     pad_token_id=0,
 )
 
-LEARNING_RATES = {"none": 2e-3, "naive": 4e-3, "lora": 4e-3, "flora": 4e-3}
+LEARNING_RATES = {"none": 2e-3, "naive": 4e-3, "lora": 2e-3, "flora": 2e-3}
 FINE_TUNING_RATES = {"none": 1e-3, "naive": 2e-3, "lora": 2e-3, "flora": 2e-3}
 LOGITS = 1024  # tokens that have them at once; with 49,152 tokens in the vocabulary 192 MiB
 SHOWN = 3  # prompts

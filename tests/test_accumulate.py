@@ -38,9 +38,20 @@ def projections(state, cycles):
     return [np.asarray(draw(cycle), np.float64) for cycle in range(cycles)]
 
 
-@pytest.mark.parametrize("mean", [True, False])
-@pytest.mark.parametrize("side", ["smaller", "larger"])
-@pytest.mark.parametrize("projection", ["gaussian", "cosine"])
+# Each of the six by day, all combinations by night.
+@pytest.mark.parametrize(
+    ("projection", "side", "mean"),
+    [
+        ("gaussian", "smaller", True),
+        ("gaussian", "larger", False),
+        ("cosine", "larger", True),
+        ("cosine", "smaller", False),
+        pytest.param("gaussian", "smaller", False, marks=pytest.mark.slow),
+        pytest.param("gaussian", "larger", True, marks=pytest.mark.slow),
+        pytest.param("cosine", "larger", False, marks=pytest.mark.slow),
+        pytest.param("cosine", "smaller", True, marks=pytest.mark.slow),
+    ],
+)
 def test_states_and_updates_are_those_of_the_float64_reference(projection, side, mean):
     tx = florax.flora_accumulate(
         optax.identity(),

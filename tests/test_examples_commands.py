@@ -5,8 +5,8 @@ import dataclasses
 import importlib
 import json
 import re
-import shlex
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path

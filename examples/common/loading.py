@@ -53,8 +53,7 @@ def load_model(settings: Training, model_class: Any, config: Any, **changes: Any
     if has_weights(settings):
         folder = checkpoints.resolve(settings.model)
         return checkpoints.load(folder, model_class, config=config, **changes, **options)
-    # Under jit nothing but the weights is ever made.
-    return nnx.jit(lambda: model_class(config, rngs=nnx.Rngs(settings.seed), **options))()
+    return model_class(config, rngs=nnx.Rngs(settings.seed), **options)
 
 
 def has_weights(settings: Training) -> bool:

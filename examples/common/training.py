@@ -1,5 +1,6 @@
 """The training loop of all scripts: one method, one model, from the data to the best weights."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -178,16 +179,18 @@ class _Run:
         peak = s.learning_rate or task.learning_rates[method]
         self.tx = optimizers.make(s, method, peak)
         if method == "flora":
-            self._check_rank()
+            # By layers the optimizer is given them singly, and never the stacks of `params`.
+            whole = dataclasses.replace(s, layerwise=False)
+            self._check_rank(optimizers.make(whole, method, peak))
         accumulates = method == "flora" and s.accumulate > 1
         # Gradients that are born as sketches are summed as such: then a step is a whole update.
         self.whole_update = accumulates and s.gradients == "sketched"
         self.at_once = s.accumulate if self.whole_update else 1  # micro-batches a step
         self.state: Any = None
 
-    def _check_rank(self) -> None:
+    def _check_rank(self, tx: optax.GradientTransformation) -> None:
         """Refuse a rank at which FLORA would be the naive method."""
-        report = florax.state_report(self.tx, self.params)
+        report = florax.state_report(tx, self.params)
         if report.rows and not any(row.rank for row in report.rows):
             sys.exit(f"error: rank={self.settings.rank} compresses nothing of this model: lower it")
 
