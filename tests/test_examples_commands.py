@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,14 +49,14 @@ def commands():
     found = []
     for readme in READMES:
         blocks = re.findall(r"^```sh\n(.*?)^```", readme.read_text(), re.M | re.S)
-        defined = "pip() { :; }; pytest() { :; }; python() { printf '%s\\n' \"$*\"; }\n"
+        defined = "pip() { :; }; pytest() { :; }; python() { printf '%s\\0' \"$@\" $'\\n'; }\n"
         printed = subprocess.run(
             ["bash", "-eu", "-c", defined + "\n".join(blocks)],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        found += [shlex.split(line) for line in printed.splitlines()]
+        found += [command.split("\0") for command in printed.split("\0\n\0")[:-1]]
     return [(Path(path).stem, tuple(arguments)) for path, *arguments in found]
 
 

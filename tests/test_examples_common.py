@@ -184,7 +184,11 @@ def test_what_is_wrong_with_a_file_of_pairs_is_said(tmp_path):
         assert "references must be a list with the target" in message
 
 
-@pytest.mark.parametrize("content", [b"text", gzip.compress(b'{"text": "a"}\n' * 99)[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [b"text", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9]],
+    ids=["no archive", "cut off"],
+)
 def test_a_damaged_archive_is_not_readable(tmp_path, content):
     (tmp_path / "train.jsonl.gz").write_bytes(content)
     (tmp_path / "train.npz").write_bytes(content)
