@@ -89,7 +89,7 @@ SMALL = {
     "evaluations": 1,
     "heldout_batch": 4,
     "scored": 2,
-    "length": 48,
+    "length": 96,
     "new_tokens": 2,
     "source_length": 16,
     "target_length": 6,
@@ -167,7 +167,7 @@ def folders(tmp_path_factory):
 
     lines = {
         "pairs": [{"source": source, "target": target} for source, target in PAIRS],
-        "texts": [{"text": " ".join(pair)} for pair in PAIRS],
+        "texts": [{"text": " ".join(8 * pair)} for pair in PAIRS],
     }
     for kind, objects in lines.items():
         (folder / kind).mkdir()
@@ -236,6 +236,7 @@ MISTAKES = [
     ("gpt2", ["--warmup", "1.5"], "warmup must be in [0, 1), got 1.5"),
     ("gpt2", ["--length", "5"], "length=5 leaves none of"),
     ("gpt2", ["--length", "2000"], "n_positions=96"),
+    ("gpt2", ["--micro-batch", "99999"], "micro_batch=99999 is more than the"),
     ("gpt2", ["--metod", "naive"], "--metod"),
     ("gpt2", ["--method", "full"], "full"),
     ("gpt2", ["--freeze-a"], "freeze_a is LoRA's, got method=flora"),

@@ -63,6 +63,8 @@ def train(settings: Training, method: str, model: nnx.Module, task: Task) -> Tra
         results = json.loads((folder / "results.json").read_text())
         return Trained(results["figures"], Curve(**results["curve"]), folder / "best")
 
+    if s.micro_batch > (examples := batches.count(task.train)):
+        sys.exit(f"error: micro_batch={s.micro_batch} is more than the {examples:,} examples")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
