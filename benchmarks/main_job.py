@@ -47,7 +47,7 @@ def measure(s: Settings) -> dict[str, Any]:
     }
 
     def loss_fn(params: nnx.State, batch: Any) -> jax.Array:
-        losses, counts = gpt2.losses(nnx.merge(graphdef, params), batch)
+        losses, counts = gpt2.target_losses(nnx.merge(graphdef, params), batch)
         return losses.sum() / counts.sum()
 
     adafactor = optax.adafactor(2e-3, multiply_by_parameter_scale=False)

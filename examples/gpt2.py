@@ -16,14 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from common import datasets, metrics, report, settings, training
 from common.datasets import Pair
 from common.loading import load_config, load_model, load_tokenizer
-from common.losses import chunked_cross_entropy
+from common.losses import target_losses
 from common.text import generate, pad_right
 from common.tokenization import Tokenizer
 from models import checkpoints
@@ -35,7 +33,6 @@ PROMPT = "translate German to English: {source}. English:"
 # Each the best of 0.5, 1, 2, 4 and 8 times 1e-3, by the validation loss after 2,000 updates; but
 # `lora` has that of `naive`.
 LEARNING_RATES = {"none": 1e-3, "naive": 2e-3, "lora": 2e-3, "flora": 2e-3}
-LOGITS = 1024  # tokens that have them at once; with GPT-2's own vocabulary 200 MiB
 SHOWN = 8  # translations
 
 
@@ -85,19 +82,6 @@ def encode_prompt(pair: Pair, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(PROMPT.format(source=pair.source.rstrip(".")))
 
 
-# The loss.
-
-
-def losses(model: GPT2, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The loss of each token, zero where it is no target, and which are; (B, length - 1)."""
-    inputs, labels = batch["ids"][:, :-1], batch["ids"][:, 1:]
-    place = 1 + jnp.arange(labels.shape[1])
-    counts = (place >= batch["begin"][:, None]) & (place < batch["end"][:, None])
-    features, _ = model.features(inputs)
-    token_losses = chunked_cross_entropy(model.logits, features, labels, LOGITS)
-    return jnp.where(counts, token_losses, 0.0), counts
-
-
 # The translations.
 
 
@@ -127,7 +111,7 @@ def main(s: Settings) -> None:
     test = test[: s.scored]
 
     task = training.Task(
-        losses=losses,
+        losses=target_losses,
         train=data["train"],
         validation=data["validation"],
         unit="tokens",
@@ -144,7 +128,7 @@ def main(s: Settings) -> None:
         curves[method] = trained.curve
         translations[method] = translate(best, tokenizer, test, s)
         bleu = metrics.bleu(translations[method], [pair.references for pair in test])
-        test_loss = training.heldout_loss(losses, best, data["test"], s.heldout_batch)
+        test_loss = training.heldout_loss(target_losses, best, data["test"], s.heldout_batch)
         runs.append(trained.figures | {"test_loss": test_loss, "BLEU": bleu})
 
     for i in simple(test, tokenizer)[:SHOWN]:

@@ -19,15 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from tqdm import tqdm
 
 from common import datasets, metrics, report, settings, training
 from common.datasets import Pair
 from common.loading import has_weights, load_config, load_model, load_tokenizer
-from common.losses import chunked_cross_entropy
+from common.losses import target_losses
 from common.text import generate, pad_right
 from common.tokenization import Tokenizer, TokenizerError
 from models import checkpoints
@@ -49,7 +47,6 @@ TINY = LlamaConfig(
 
 LEARNING_RATES = {"none": 2e-3, "naive": 4e-3, "lora": 2e-3, "flora": 2e-3}
 FINE_TUNING_RATES = {"none": 1e-3, "naive": 2e-3, "lora": 2e-3, "flora": 2e-3}
-LOGITS = 1024  # tokens that have them at once; with 49,152 tokens in the vocabulary 192 MiB
 SHOWN = 3  # prompts
 PROMPT = 12  # words of a held-out text that are one
 
@@ -194,19 +191,6 @@ def join(
     }
 
 
-# The loss.
-
-
-def losses(model: Llama, batch: dict[str, Array]) -> tuple[Array, Array]:
-    """The loss of each token, zero where it is no target, and which are; (B, length)."""
-    inputs, labels = batch["ids"][:, :-1], batch["ids"][:, 1:]
-    place = 1 + jnp.arange(labels.shape[1])
-    counts = (place >= batch["begin"][:, None]) & (place < batch["end"][:, None])
-    features, _ = model.features(inputs)
-    token_losses = chunked_cross_entropy(model.logits, features, labels, LOGITS)
-    return jnp.where(counts, token_losses, 0.0), counts
-
-
 def main(s: Settings) -> None:
     config = load_config(s, Llama, PRESETS | {"tiny": TINY})
     if s.length > config.max_position_embeddings:
@@ -224,14 +208,14 @@ def main(s: Settings) -> None:
     def score(model: Llama) -> tuple[dict[str, float], list[str]]:
         ids = [prompt.ids for prompt in prompts]
         written = generate(model, tokenizer, ids, s.new_tokens, batch=s.heldout_batch)
-        loss = training.heldout_loss(losses, model, data["test"], s.heldout_batch)
+        loss = training.heldout_loss(target_losses, model, data["test"], s.heldout_batch)
         scores = {"test_loss": loss, "perplexity": float(np.exp(loss))}
         if has_pairs:
             scores |= metrics.rouge(written, [prompt.expected for prompt in prompts])
         return scores, written
 
     task = training.Task(
-        losses=losses,
+        losses=target_losses,
         train=data["train"],
         validation=data["validation"],
         unit="tokens",

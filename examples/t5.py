@@ -23,7 +23,7 @@ from jax import Array
 from common import datasets, metrics, report, settings, training
 from common.datasets import Pair
 from common.loading import load_config, load_model, load_tokenizer
-from common.losses import chunked_cross_entropy
+from common.losses import LOGITS, chunked_cross_entropy
 from common.text import generate, pad_right
 from common.tokenization import Tokenizer
 from models import checkpoints
@@ -44,7 +44,6 @@ PREFIX = "summarize: "
 # For `flora` the best of 2, 4 and 8 times 1e-3, by the validation loss of the default run; the
 # others have the same.
 LEARNING_RATES = {"none": 4e-3, "naive": 4e-3, "lora": 4e-3, "flora": 4e-3}
-LOGITS = 1024  # tokens that have them at once; with T5's own vocabulary 125 MiB
 SHOWN = 3  # summaries
 
 

@@ -2,10 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
+
+LOGITS = 1024  # tokens that have them at once; with GPT-2's vocabulary 200 MiB
 
 
 def chunked_cross_entropy(
@@ -34,3 +38,21 @@ def chunked_cross_entropy(
 
     tokens = features.reshape(-1, features.shape[-1]), labels.reshape(-1)
     return jax.lax.map(token_loss, tokens, batch_size=chunk).reshape(labels.shape)
+
+
+def target_losses(model: Any, batch: dict[str, Array]) -> tuple[Array, Array]:
+    """The loss of each token of a decoder-only model, zero where it is no target, and which are.
+
+    Args:
+      model: has `features` and `logits`.
+      batch: `ids`, shape (B, T), and of each row where the target `begin`s and where it `end`s.
+
+    Returns:
+      Losses and a mask, of shape (B, T - 1): of all tokens but the first.
+    """
+    inputs, labels = batch["ids"][:, :-1], batch["ids"][:, 1:]
+    place = 1 + jnp.arange(labels.shape[1])
+    counts = (place >= batch["begin"][:, None]) & (place < batch["end"][:, None])
+    features, _ = model.features(inputs)
+    losses = chunked_cross_entropy(model.logits, features, labels, LOGITS)
+    return jnp.where(counts, losses, 0.0), counts
