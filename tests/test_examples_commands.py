@@ -109,18 +109,21 @@ def flags_of(script, arguments):
 
 
 def different():
-    """A command of each kind; those whose every flag was in one before are for the night."""
+    """A command of each kind; by day few that have every flag of a script between them."""
     kinds = {}
     for script, arguments in commands():
         if script in SCRIPTS:
-            kinds.setdefault(flags_of(script, arguments), (script, arguments))
-    seen, parameters = set(), []
-    for (script, flags, accumulates), command in kinds.items():
-        own = {(script, flag) for flag in (*flags, accumulates)}
-        marks = pytest.mark.slow if own <= seen else ()
-        seen |= own
-        parameters.append(pytest.param(*command, marks=marks, id=f"{script}-{len(parameters)}"))
-    return parameters
+            own, flags, accumulates = flags_of(script, arguments)
+            flags = frozenset((own, flag) for flag in (*flags, accumulates))
+            kinds.setdefault(flags, (script, arguments))
+    seen, by_day = set(), []
+    while left := [flags for flags in kinds if flags - seen]:
+        by_day.append(max(left, key=lambda flags: len(flags - seen)))
+        seen |= by_day[-1]
+    return [
+        pytest.param(*kinds[flags], marks=() if flags in by_day else pytest.mark.slow, id=f"{i}")
+        for i, flags in enumerate(kinds)
+    ]
 
 
 @pytest.fixture(scope="module")

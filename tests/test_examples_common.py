@@ -277,11 +277,14 @@ def test_columns_of_the_hub_become_texts_pairs_and_images(hub):
 
 
 def test_what_the_hub_does_not_have_is_said_without_asking_it(hub):
-    assert error_of(load_texts, "c4", "test", 1) == (
-        "allenai/c4 has no test split, only train and validation"
-    )
     assert "too large to be read whole" in error_of(load_texts, "c4", "train")
     assert not hub
+
+
+def test_what_has_no_test_split_gives_the_later_half_of_validation(hub):
+    validation, test = (load_texts("c4", split, limit=2) for split in ("validation", "test"))
+    assert validation == ["text 0", "text 1"]
+    assert test == ["text 2", "text 3"]
 
 
 def test_a_hub_out_of_reach_is_said_in_a_sentence(hub, monkeypatch):

@@ -25,6 +25,14 @@ from models.gpt2 import GPT2, GPT2Config
 CONFIG = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    # Runs of some steps: most of the time is that of the compiler.
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def losses(model, rows):
     inputs, labels = rows[:, :-1], rows[:, 1:]
     logits, _ = model(inputs)

@@ -67,7 +67,8 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize(
     "name",
     [
-        *(name for name in TRANSFORMATIONS if name != "residual"),
+        *(name for name in TRANSFORMATIONS if name not in ("lion", "residual")),
+        pytest.param("lion", marks=pytest.mark.slow),
         pytest.param("residual", marks=pytest.mark.slow),
     ],
 )

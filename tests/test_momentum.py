@@ -93,7 +93,16 @@ def test_states_and_updates_are_those_of_the_float64_reference(variant, side):
                 assert reference.relative_error(kept[t, i], sketch) < 1e-5
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "gaussian",
+        "cosine, residual, nesterov",
+        pytest.param("gaussian, nesterov", marks=pytest.mark.slow),
+        pytest.param("cosine", marks=pytest.mark.slow),
+        pytest.param("cosine, residual", marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_states_and_updates_are_within_the_derived_error_of_the_reference(variant):
     rank, decay, every, n, m = 4, 0.9, 10, 20, 12
     options = VARIANTS[variant]
