@@ -28,7 +28,6 @@ for requirement in (
 ):
     pytest.importorskip(requirement)
 
-import jax
 from flax import nnx
 
 from common import settings, tokenization
@@ -37,6 +36,9 @@ from models.gpt2 import GPT2, GPT2Config
 from models.llama import Llama, LlamaConfig
 from models.t5 import T5, T5Config
 from models.vit import ViT, ViTConfig
+
+# Runs of a few steps: most of their time is that of the compiler.
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 REPOSITORY = Path(__file__).parents[1]
 READMES = (REPOSITORY / "README.md", REPOSITORY / "examples/README.md")
@@ -187,14 +189,6 @@ def folders(tmp_path_factory):
             class_names=np.array(["left", "right"]),
         )
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    # What runs here are two steps: most of the time is that of the compiler.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("script, arguments", different())

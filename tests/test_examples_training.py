@@ -22,15 +22,10 @@ from common.report import format_table, human
 from common.settings import Training
 from models.gpt2 import GPT2, GPT2Config
 
+# Runs of a few steps: most of their time is that of the compiler.
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CONFIG = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    # Runs of some steps: most of the time is that of the compiler.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def losses(model, rows):
@@ -100,7 +95,7 @@ class InterruptedAfter(training.Interruption):
     "changes",
     [
         {"method": "flora", "gradients": "dense"},
-        {"method": "lora"},
+        pytest.param({"method": "lora"}, marks=pytest.mark.slow),
         pytest.param({"method": "flora"}, marks=pytest.mark.slow),
         pytest.param({"method": "none"}, marks=pytest.mark.slow),
         pytest.param({"method": "naive", "optimizer": "adamw"}, marks=pytest.mark.slow),

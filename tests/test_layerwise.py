@@ -67,9 +67,10 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize(
     "name",
     [
-        *(name for name in TRANSFORMATIONS if name not in ("lion", "residual")),
-        pytest.param("lion", marks=pytest.mark.slow),
-        pytest.param("residual", marks=pytest.mark.slow),
+        "adam",
+        "adafactor",
+        "flora",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lion", "sgd", "residual")),
     ],
 )
 def test_layer_by_layer_is_the_ordinary_step_of_per_layer(name, params):
