@@ -64,7 +64,7 @@ class Settings(settings.Training):
     new_tokens: int = 48  # of what is written after a prompt; of a row of a pair the target's part
     template: str = "{source}\n\nTL;DR:"  # of a pair's prompt
 
-    updates: int = 1500  # more than three epochs
+    updates: int = 800
     micro_batch: int = 4
     accumulate: int = 4
     rank: int = 32  # a quarter of the width, so that a sketch is a quarter of its matrix
