@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import florax
-import models
 import results
 
 DEVICES = 8

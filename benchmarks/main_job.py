@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import timing
 from flax import nnx
+from steps import dense, full_size, one_by_one
 
 import florax
 import results
-import timing
-from steps import dense, full_size, one_by_one
 
 sys.path[0] = str(results.HERE.parent / "examples")  # has a `models` too
 import gpt2  # noqa: E402

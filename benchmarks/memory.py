@@ -15,11 +15,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import optax
-
 import methods
-import results
+import optax
 import workload
+
+import results
 
 
 @dataclasses.dataclass(frozen=True)

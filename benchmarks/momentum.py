@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import models
 import optax
+import timing
 
 import florax
-import models
 import results
-import timing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import models
-import results
 import workload
+
+import results
 
 PEERS = ("none", "full", "flora-opt", "galore")
 

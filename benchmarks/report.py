@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timing
+
 import allreduce
 import memory
 import peers
 import results
-import timing
 
 
 @dataclasses.dataclass(frozen=True)

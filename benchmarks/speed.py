@@ -10,9 +10,10 @@ the ratio is the median of those of the rounds.
 import dataclasses
 from typing import Any
 
-import results
 import timing
 import workload
+
+import results
 
 
 @dataclasses.dataclass(frozen=True)

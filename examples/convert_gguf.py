@@ -24,9 +24,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from models import checkpoints
-from models.checkpoints import CheckpointError
-from models.llama import Llama, LlamaConfig
+from florax_examples.models import checkpoints
+from florax_examples.models.checkpoints import CheckpointError
+from florax_examples.models.llama import Llama, LlamaConfig
 
 # How the tokenizers of this kind that have been compared cut a text before they merge its bytes.
 # The pattern is GPT-2's, within which SmolLM takes each digit by itself.

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from common import datasets, metrics, report, settings, training
-from common.datasets import Pair
-from common.loading import load_config, load_model, load_tokenizer
-from common.losses import target_losses
-from common.text import generate, pad_right
-from common.tokenization import Tokenizer
-from models import checkpoints
-from models.gpt2 import GPT2, PRESETS, GPT2Config
+from florax_examples import datasets, metrics, report, settings, training
+from florax_examples.datasets import Pair
+from florax_examples.loading import load_config, load_model, load_tokenizer
+from florax_examples.losses import target_losses
+from florax_examples.models import checkpoints
+from florax_examples.models.gpt2 import GPT2, PRESETS, GPT2Config
+from florax_examples.text import generate, pad_right
+from florax_examples.tokenization import Tokenizer
 
 TINY = GPT2Config(vocab_size=2048, n_positions=96, n_embd=160, n_layer=3, n_head=5)
 PROMPT = "translate German to English: {source}. English:"

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import datasets, metrics, report, settings, training
-from common.datasets import Pair
-from common.loading import has_weights, load_config, load_model, load_tokenizer
-from common.losses import target_losses
-from common.text import generate, pad_right
-from common.tokenization import Tokenizer, TokenizerError
-from models import checkpoints
-from models.llama import PRESETS, Llama, LlamaConfig
+from florax_examples import datasets, metrics, report, settings, training
+from florax_examples.datasets import Pair
+from florax_examples.loading import has_weights, load_config, load_model, load_tokenizer
+from florax_examples.losses import target_losses
+from florax_examples.models import checkpoints
+from florax_examples.models.llama import PRESETS, Llama, LlamaConfig
+from florax_examples.text import generate, pad_right
+from florax_examples.tokenization import Tokenizer, TokenizerError
 
 # Adafactor factors what is at least 128 wide. Token ids are those of a tokenizer trained here.
 TINY = LlamaConfig(

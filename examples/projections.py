@@ -28,8 +28,8 @@ from jax import Array
 from tqdm import tqdm
 
 import florax
-from common import batches, datasets, report, settings
-from models import lora
+from florax_examples import batches, datasets, report, settings
+from florax_examples.models import lora
 
 METHODS = ("full", "lora", "lora_b", "rp", "rrp")
 

@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from common import datasets, metrics, report, settings, training
-from common.datasets import Pair
-from common.loading import load_config, load_model, load_tokenizer
-from common.losses import LOGITS, chunked_cross_entropy
-from common.text import generate, pad_right
-from common.tokenization import Tokenizer
-from models import checkpoints
-from models.generation import beam_search, greedy
-from models.t5 import PRESETS, T5, T5Config, shift_right
+from florax_examples import datasets, metrics, report, settings, training
+from florax_examples.datasets import Pair
+from florax_examples.loading import load_config, load_model, load_tokenizer
+from florax_examples.losses import LOGITS, chunked_cross_entropy
+from florax_examples.models import checkpoints
+from florax_examples.models.generation import beam_search, greedy
+from florax_examples.models.t5 import PRESETS, T5, T5Config, shift_right
+from florax_examples.text import generate, pad_right
+from florax_examples.tokenization import Tokenizer
 
 TINY = T5Config(
     vocab_size=4096,

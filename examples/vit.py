@@ -24,11 +24,11 @@ import optax
 from flax import nnx
 from jax import Array
 
-from common import batches, datasets, metrics, report, settings, training
-from common.datasets import Images
-from common.loading import load_config, load_model
-from models import checkpoints
-from models.vit import PRESETS, ViT, ViTConfig
+from florax_examples import batches, datasets, metrics, report, settings, training
+from florax_examples.datasets import Images
+from florax_examples.loading import load_config, load_model
+from florax_examples.models import checkpoints
+from florax_examples.models.vit import PRESETS, ViT, ViTConfig
 
 # Adafactor factors what is at least 128 wide. Grey images are made colour ones, so that weights
 # learned from either kind go on with the other.

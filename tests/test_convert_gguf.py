@@ -27,10 +27,10 @@ from tokenizers.trainers import BpeTrainer
 
 import convert_gguf
 from convert_gguf import PRE_TOKENIZERS, Settings
-from models import checkpoints
-from models.checkpoints import CheckpointError
-from models.generation import greedy
-from models.llama import Llama, LlamaConfig, _frequencies, _rotate
+from florax_examples.models import checkpoints
+from florax_examples.models.checkpoints import CheckpointError
+from florax_examples.models.generation import greedy
+from florax_examples.models.llama import Llama, LlamaConfig, _frequencies, _rotate
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

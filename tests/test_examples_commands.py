@@ -30,12 +30,12 @@ for requirement in (
 
 from flax import nnx
 
-from common import settings, tokenization
-from models import checkpoints
-from models.gpt2 import GPT2, GPT2Config
-from models.llama import Llama, LlamaConfig
-from models.t5 import T5, T5Config
-from models.vit import ViT, ViTConfig
+from florax_examples import settings, tokenization
+from florax_examples.models import checkpoints
+from florax_examples.models.gpt2 import GPT2, GPT2Config
+from florax_examples.models.llama import Llama, LlamaConfig
+from florax_examples.models.t5 import T5, T5Config
+from florax_examples.models.vit import ViT, ViTConfig
 
 # Runs of a few steps: most of their time is that of the compiler.
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -16,9 +16,9 @@ for requirement in ("rouge_score", "sacrebleu", "sentencepiece", "tokenizers"):
 
 import sacrebleu
 
-from common import datasets, metrics, tokenization
-from common.datasets import DataError, Pair, load_images, load_pairs, load_texts
-from common.tokenization import TokenizerError
+from florax_examples import datasets, metrics, tokenization
+from florax_examples.datasets import DataError, Pair, load_images, load_pairs, load_texts
+from florax_examples.tokenization import TokenizerError
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "data"

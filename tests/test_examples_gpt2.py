@@ -26,8 +26,8 @@ for requirement in (
 ):
     pytest.importorskip(requirement)
 
-from common.datasets import SPLITS, load_pairs
-from models.gpt2 import GPT2, GPT2Config
+from florax_examples.datasets import SPLITS, load_pairs
+from florax_examples.models.gpt2 import GPT2, GPT2Config
 
 REPOSITORY = Path(__file__).parents[1]
 EXAMPLES = REPOSITORY / "examples"

@@ -16,11 +16,11 @@ for requirement in ("flax", "matplotlib", "orbax.checkpoint", "tensorboardX", "t
 import safetensors.numpy
 from flax import nnx
 
-from common import batches, training
-from common.losses import chunked_cross_entropy
-from common.report import format_table, human
-from common.settings import Training
-from models.gpt2 import GPT2, GPT2Config
+from florax_examples import batches, training
+from florax_examples.losses import chunked_cross_entropy
+from florax_examples.models.gpt2 import GPT2, GPT2Config
+from florax_examples.report import format_table, human
+from florax_examples.settings import Training
 
 # Runs of a few steps: most of their time is that of the compiler.
 pytestmark = pytest.mark.usefixtures("compile_quickly")

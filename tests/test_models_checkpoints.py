@@ -18,9 +18,9 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from models import checkpoints, lora
-from models.checkpoints import CheckpointError
-from models.gpt2 import GPT2, GPT2Config
+from florax_examples.models import checkpoints, lora
+from florax_examples.models.checkpoints import CheckpointError
+from florax_examples.models.gpt2 import GPT2, GPT2Config
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"needs {REFERENCE}")

@@ -1,4 +1,4 @@
-"""`examples/models/generation.py` against the whole tree of what could be written."""
+"""`generation` against the whole tree of what could be written."""
 
 import itertools
 import math
@@ -12,8 +12,8 @@ pytest.importorskip("flax")
 
 from flax import nnx
 
-from models.generation import beam_search, greedy
-from models.gpt2 import GPT2, GPT2Config
+from florax_examples.models.generation import beam_search, greedy
+from florax_examples.models.gpt2 import GPT2, GPT2Config
 
 VOCABULARY, NEW_TOKENS, PAD = 4, 3, 0
 PROMPTS = [[2, 3, 3, 1, 2], [3, 2]]

@@ -18,9 +18,9 @@ pytest.importorskip("safetensors")
 from flax import nnx
 
 import florax
-from models import checkpoints
-from models.generation import greedy
-from models.gpt2 import GPT2, PRESETS, GPT2Config
+from florax_examples.models import checkpoints
+from florax_examples.models.generation import greedy
+from florax_examples.models.gpt2 import GPT2, PRESETS, GPT2Config
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"needs {REFERENCE}")

@@ -18,9 +18,16 @@ pytest.importorskip("safetensors")
 from flax import nnx
 
 import florax
-from models import checkpoints
-from models.generation import greedy
-from models.llama import PRESETS, Llama, LlamaConfig, RopeScaling, _frequencies, _rotate
+from florax_examples.models import checkpoints
+from florax_examples.models.generation import greedy
+from florax_examples.models.llama import (
+    PRESETS,
+    Llama,
+    LlamaConfig,
+    RopeScaling,
+    _frequencies,
+    _rotate,
+)
 
 SHARED = Path(__file__).parents[2] / "shared"
 REFERENCE = SHARED / "reference"

@@ -1,4 +1,4 @@
-"""`models.lora`: layers x W + x A B, of which W stays as it is."""
+"""`lora`: layers x W + x A B, of which W stays as it is."""
 
 import functools
 
@@ -13,8 +13,8 @@ pytest.importorskip("safetensors")
 
 from flax import nnx
 
-from models import checkpoints, lora
-from models.gpt2 import GPT2, GPT2Config
+from florax_examples.models import checkpoints, lora
+from florax_examples.models.gpt2 import GPT2, GPT2Config
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 

@@ -1,4 +1,4 @@
-"""`examples/models/t5.py` against transformers, and against what T5 is."""
+"""`models.t5` against transformers, and against what T5 is."""
 # ruff: noqa: E402  what the examples import may not be installed
 
 import dataclasses
@@ -20,9 +20,9 @@ for requirement in ("flax", "safetensors"):
 from flax import nnx
 
 import florax
-from models import checkpoints
-from models.generation import beam_search, greedy
-from models.t5 import PRESETS, T5, T5Config, relative_position_bucket, shift_right
+from florax_examples.models import checkpoints
+from florax_examples.models.generation import beam_search, greedy
+from florax_examples.models.t5 import PRESETS, T5, T5Config, relative_position_bucket, shift_right
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 VARIANTS = ("t5_v10_tied", "t5_v11_untied_gated")

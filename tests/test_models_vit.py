@@ -1,4 +1,4 @@
-"""`examples/models/vit.py` against transformers, and what checkpoints and florax need of it."""
+"""`models.vit` against transformers, and what checkpoints and florax need of it."""
 # ruff: noqa: E402  what the examples import may not be installed
 
 import dataclasses
@@ -19,8 +19,8 @@ import safetensors.numpy
 from flax import nnx
 
 import florax
-from models import checkpoints
-from models.vit import PRESETS, ViT, ViTConfig, interpolate_positions
+from florax_examples.models import checkpoints
+from florax_examples.models.vit import PRESETS, ViT, ViTConfig, interpolate_positions
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "vit"
 needs_reference = pytest.mark.skipif(

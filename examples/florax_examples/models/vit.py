@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models import layers as stacks
+from florax_examples.models import layers
+from florax_examples.models.transformer import Transformer, known_settings
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -66,11 +67,7 @@ class ViTConfig:
         """Read a config.json as transformers 4 or 5 wrote it; dropout is left out."""
         if (activation := config.get("hidden_act", "gelu")) != "gelu":
             raise ValueError(f"hidden_act must be 'gelu', got {activation!r}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = {name: value for name, value in config.items() if name in names}
-        for name in ("image_size", "patch_size"):
-            if isinstance(size := given.get(name), list):
-                given[name] = tuple(size)
+        given = known_settings(cls, config)
         if (labels := given.pop("id2label", None)) is None:
             given.setdefault("num_labels", 2)  # as transformers has it
         else:
@@ -157,17 +154,8 @@ class Layer(nnx.Module):
         return x + self.feed_forward(self.layernorm_after(x))  # (B, T, C)
 
 
-class ViT(nnx.Module):
-    """The image classifier.
-
-    Args:
-      config: its sizes.
-      rngs: of the initial weights.
-      dtype: what it computes in; None means as its parameters are kept.
-      param_dtype: what its parameters are kept in.
-      checkpoint: keep only what enters each layer for the backward pass, which computes the rest
-        again.
-    """
+class ViT(Transformer):
+    """The image classifier; for the arguments see `Transformer`."""
 
     Config = ViTConfig
     model_type = "vit"
@@ -177,15 +165,9 @@ class ViT(nnx.Module):
     new_head_tensors = (r"classifier\..*",)  # what other labels need anew
 
     def __init__(
-        self,
-        config: ViTConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
-        checkpoint: bool = False,
+        self, config: ViTConfig, *, rngs: nnx.Rngs, checkpoint: bool = False, **dtypes: Any
     ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        param_dtype = dtypes.get("param_dtype", jnp.float32)
         normal, width = nnx.initializers.normal(config.initializer_range), config.hidden_size
         self.config = config
         self.checkpoint = checkpoint
@@ -204,8 +186,8 @@ class ViT(nnx.Module):
             rngs=rngs,
             **dtypes,
         )
-        layers = [Layer(config, rngs=rngs, **dtypes) for _ in range(config.num_hidden_layers)]
-        self.layers = nnx.List(layers)
+        count = config.num_hidden_layers
+        self.layers = nnx.List([Layer(config, rngs=rngs, **dtypes) for _ in range(count)])
         self.layernorm = _layer_norm(config, rngs=rngs, **dtypes)
         self.classifier = _linear(config, width, config.num_labels, rngs=rngs, **dtypes)
 
@@ -231,14 +213,6 @@ class ViT(nnx.Module):
         if path[-1] != "kernel":
             return tuple(range(ndim))
         return (2, 3, 1, 0) if path[0] == "patch_embeddings" else (1, 0)
-
-    def stack(self) -> None:
-        """Make `layers` one layer with a leading axis: see `models.layers`."""
-        self.layers = stacks.stack(self.layers)
-
-    def unstack(self) -> None:
-        """Make `layers` a list again, as the checkpoints have them."""
-        self.layers = stacks.unstack(self.layers)
 
     def __call__(self, pixels: Array) -> Array:
         """Scores of the labels, shape (B, num_labels), float32; for `pixels` see `features`."""
@@ -278,7 +252,7 @@ class ViT(nnx.Module):
         def call(layer: Layer, x: Array, _: None) -> tuple[Array, None]:
             return layer(x), None
 
-        x, _ = stacks.run(self.layers, call, x, checkpoint=self.checkpoint)
+        x, _ = layers.run(self.layers, call, x, checkpoint=self.checkpoint)
         return self.layernorm(x)
 
 

@@ -7,16 +7,17 @@ In shapes, B is the batch, T the tokens of this call, S the slots of the cache, 
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from models import cache as caches
-from models import layers as stacks
-from models.cache import Cache, KeyValue
+from florax_examples.models import cache as caches
+from florax_examples.models import layers
+from florax_examples.models.cache import Cache, KeyValue
+from florax_examples.models.transformer import Decoder, known_settings
 
 # What `from_huggingface` takes for granted. Of the activation both names mean the same function.
 FIXED = {
@@ -44,12 +45,18 @@ class GPT2Config:
     eos_token_id: int | tuple[int, ...] | None = 50256
     pad_token_id: int | None = None
 
+    length_setting: ClassVar = "n_positions"
+
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(
                 "n_embd must be a multiple of n_head, "
                 f"got n_embd={self.n_embd} and n_head={self.n_head}"
             )
+
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        return self.n_layer, self.n_head, self.n_embd // self.n_head
 
     @classmethod
     def from_huggingface(cls, config: dict[str, Any]) -> "GPT2Config":
@@ -58,11 +65,7 @@ class GPT2Config:
             if (value := config.get(name, values[0])) not in values:
                 expected = " or ".join(map(repr, values))
                 raise ValueError(f"{name} must be {expected}, got {value!r}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = {name: value for name, value in config.items() if name in names}
-        if isinstance(eos := given.get("eos_token_id"), list):
-            given["eos_token_id"] = tuple(eos)
-        return cls(**given)
+        return cls(**known_settings(cls, config))
 
     def to_huggingface(self) -> dict[str, Any]:
         """The settings of a config.json that transformers 4 and 5 read alike."""
@@ -121,17 +124,8 @@ class Block(nnx.Module):
         return x + self.mlp(self.ln_2(x)), cache  # (B, T, C)
 
 
-class GPT2(nnx.Module):
-    """The language model.
-
-    Args:
-      config: its sizes.
-      rngs: of the initial weights.
-      dtype: what it computes in; None means as its parameters are kept.
-      param_dtype: what its parameters are kept in.
-      checkpoint: keep only what enters each layer for the backward pass, which computes the rest
-        again.
-    """
+class GPT2(Decoder):
+    """The language model; for the arguments see `Transformer`."""
 
     Config = GPT2Config
     model_type = "gpt2"
@@ -140,16 +134,8 @@ class GPT2(nnx.Module):
     ignored_tensors = (r".*\.attn\.(masked_)?bias",)  # old files keep the causal mask
 
     def __init__(
-        self,
-        config: GPT2Config,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
-        checkpoint: bool = False,
+        self, config: GPT2Config, *, rngs: nnx.Rngs, checkpoint: bool = False, **dtypes: Any
     ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-
         def embed(size: int) -> nnx.Embed:
             normal = nnx.initializers.normal(config.initializer_range)
             return nnx.Embed(size, config.n_embd, embedding_init=normal, rngs=rngs, **dtypes)
@@ -172,102 +158,27 @@ class GPT2(nnx.Module):
             )
 
     @staticmethod
-    def tensor_name(path: tuple) -> str:
-        """What the checkpoints call the parameter at a path."""
-        *modules, kind = path
-        prefix = () if modules[0] == "lm_head" else ("transformer",)
-        return ".".join(map(str, (*prefix, *modules, "bias" if kind == "bias" else "weight")))
-
-    @staticmethod
     def tensor_axes(path: tuple, ndim: int) -> tuple[int, ...]:
         """How the axes of a checkpoint's tensor become those of the parameter at a path."""
         # GPT-2's own layers are stored as (inputs, outputs), as nnx has them.
         return (1, 0) if path[0] == "lm_head" else tuple(range(ndim))
 
-    def stack(self) -> None:
-        """Make `h` one block with a leading axis of layers: see `models.layers`."""
-        self.h = stacks.stack(self.h)
-
-    def unstack(self) -> None:
-        """Make `h` a list of blocks again, with the names of the checkpoints."""
-        self.h = stacks.unstack(self.h)
-
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
-        """An empty cache for rows of up to `length` tokens, padding not counted."""
-        self._check_length("length", length)
-        config, stacked = self.config, stacks.is_stacked(self.h)
-        heads = config.n_head, config.n_embd // config.n_head
-        return caches.empty(config.n_layer, batch, length, *heads, dtype, stacked=stacked)
-
     @property
-    def cache_batch_axis(self) -> int:
-        return int(stacks.is_stacked(self.h))
+    def embedding(self) -> nnx.Embed:
+        return self.wte
 
-    def __call__(self, ids: Array, **options: Any) -> tuple[Array, Cache | None]:
-        """Logits for the token after each of `ids`, shape (B, T, V); for the rest see `features`.
-
-        `logits(x)` makes them of some features `x`, where all at once would be too many.
-        """
-        x, cache = self.features(ids, **options)
-        return self.logits(x), cache
-
-    def logits(self, features: Array) -> Array:
-        """Scores of the vocabulary, shape (..., V), float32."""
-        # Never rounded to bfloat16: GPT-2's scores are about -100, and it has steps of 0.5 there.
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(features)
-        table = self.wte.embedding[...].astype(features.dtype)
-        return jnp.matmul(features, table.T, preferred_element_type=jnp.float32)
-
-    def features(
-        self,
-        ids: Array,
-        *,
-        positions: Array | None = None,
-        mask: Array | None = None,
-        cache: Cache | None = None,
+    def run_layers(
+        self, ids: Array, positions: Array, attend: Array, slots: Array | None, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        """What the head sees of each of `ids`, and the cache with `ids` added.
-
-        Args:
-          ids: tokens, shape (B, T), int32.
-          positions: their positions, shape (B, T), int32; None means 0 to T-1 in every row. With
-            padding on the left, or with a cache, the caller knows better and passes them.
-          mask: shape (B, T), bool, False for padding; None means that there is none.
-          cache: None to attend to `ids` alone; or what `init_cache` or an earlier call returned,
-            to attend to all tokens so far at positions up to the own one.
-
-        Returns:
-          Features, shape (B, T, C), and the new cache (None without one). What stands in the rows
-          of padding means nothing.
-        """
-        length = ids.shape[1]
-        self._check_length("tokens", length)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
-        elif not isinstance(positions, jax.core.Tracer):  # traced ones past the end give NaN
-            self._check_length("positions + 1", int(positions.max()) + 1)
-        if mask is None:
-            mask = jnp.ones(ids.shape, bool)
-
-        if cache is None:
-            slots = None
-            attend = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, None, :]
-        else:
-            slots = caches.slots(cache, positions, mask)
-            attend = caches.attend(cache, positions)
+        if not isinstance(positions, jax.core.Tracer):  # traced ones past the end give NaN
+            self.check_length("positions + 1", int(positions.max()) + 1)
 
         def call(block: Block, x: Array, cache: KeyValue | None) -> tuple[Array, KeyValue | None]:
             return block(x, attend, slots, cache)
 
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
-        x, cache = stacks.run(self.h, call, x, cache, checkpoint=self.checkpoint)
+        x, cache = layers.run(self.h, call, x, cache, checkpoint=self.checkpoint)
         return self.ln_f(x), cache
-
-    def _check_length(self, name: str, length: int) -> None:
-        most = self.config.n_positions
-        if not 1 <= length <= most:
-            raise ValueError(f"{name} must be 1 to n_positions={most}, got {length}")
 
 
 def _linear(

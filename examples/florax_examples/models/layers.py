@@ -13,12 +13,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+NAMES = ("block", "h", "layers")  # of the models' stacks, as the checkpoints have them
+
 Layers = nnx.List | nnx.Module
 Call = Callable[[nnx.Module, Array, Any], tuple[Array, Any]]
 
 
 def is_stacked(layers: Layers) -> bool:
     return not isinstance(layers, nnx.List)
+
+
+def is_in_stack(path: jax.tree_util.KeyPath) -> bool:
+    """Whether a parameter of a stacked model, at this path, is one of its layers'."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return not set(NAMES).isdisjoint(names)
 
 
 def stack(layers: Layers) -> nnx.Module:

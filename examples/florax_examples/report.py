@@ -14,7 +14,7 @@ import numpy as np
 matplotlib.use("Agg")  # draws into files, needs no display
 import matplotlib.pyplot as plt
 
-from common.settings import Training
+from florax_examples.settings import Training
 
 
 class Curve(NamedTuple):

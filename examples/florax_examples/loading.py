@@ -6,10 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from common import tokenization
-from common.settings import Training
-from common.tokenization import Tokenizer
-from models import checkpoints
+from florax_examples import tokenization
+from florax_examples.models import checkpoints
+from florax_examples.settings import Training
+from florax_examples.tokenization import Tokenizer
 
 
 def load_tokenizer(

@@ -20,11 +20,11 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import florax
-from common import batches, optimizers
-from common.report import Curve, as_json, human, peak_memory, tree_bytes
-from common.resume import Checkpoints, Interruption
-from common.settings import Training
-from models import checkpoints, lora
+from florax_examples import batches, optimizers
+from florax_examples.models import checkpoints, lora
+from florax_examples.report import Curve, as_json, human, peak_memory, tree_bytes
+from florax_examples.resume import Checkpoints, Interruption
+from florax_examples.settings import Training
 
 LOG_EVERY = 10  # steps; to read a loss is to wait for it
 

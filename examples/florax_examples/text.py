@@ -10,9 +10,9 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from common import batches
-from common.tokenization import Tokenizer
-from models.generation import beam_search, greedy
+from florax_examples import batches
+from florax_examples.models.generation import beam_search, greedy
+from florax_examples.tokenization import Tokenizer
 
 
 def pad_right(rows: list[list[int]], length: int, value: int) -> np.ndarray:

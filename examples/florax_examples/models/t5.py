@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models import cache as caches
-from models import layers as stacks
-from models.cache import Cache, KeyValue
+from florax_examples.models import cache as caches
+from florax_examples.models import layers
+from florax_examples.models.cache import Cache, KeyValue
+from florax_examples.models.transformer import Transformer, known_settings
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -83,16 +84,13 @@ class T5Config:
     @classmethod
     def from_huggingface(cls, config: dict[str, Any]) -> "T5Config":
         """Read a config.json as transformers 4 or 5 wrote it; dropout is left out."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        settings = {name: value for name, value in config.items() if name in fields}
+        settings = known_settings(cls, config)
         # transformers 4 scaled what it tied; 5 always says tied, and has a setting for the scale.
         settings.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         if settings.get("pad_token_id", 0) is None:
             raise ValueError("pad_token_id is null, but T5 needs one")
         if settings.get("decoder_start_token_id") is None:
             settings["decoder_start_token_id"] = settings.get("pad_token_id", 0)
-        if isinstance(eos := settings.get("eos_token_id"), list):
-            settings["eos_token_id"] = tuple(eos)
         result = cls(**settings)
         for name, value in result._derived().items():
             if config.get(name, value) != value:
@@ -292,17 +290,8 @@ class Stack(nnx.Module):
         return self.relative_attention_bias(bucket).transpose(0, 3, 1, 2)
 
 
-class T5(nnx.Module):
-    """T5 with a head.
-
-    Args:
-      config: its sizes.
-      rngs: what the initial parameters are drawn from.
-      dtype: of the computation; None means that of the parameters.
-      param_dtype: of the parameters.
-      checkpoint: keep only what enters each block for the backward pass, which computes the rest
-        again.
-    """
+class T5(Transformer):
+    """T5 with a head; for the arguments see `Transformer`."""
 
     Config = T5Config
     model_type = "t5"
@@ -317,17 +306,11 @@ class T5(nnx.Module):
     }
 
     def __init__(
-        self,
-        config: T5Config,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
-        checkpoint: bool = False,
+        self, config: T5Config, *, rngs: nnx.Rngs, checkpoint: bool = False, **dtypes: Any
     ):
         self.config = config
         self.checkpoint = checkpoint
-        options = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        options = dict(rngs=rngs, **dtypes)
         width, vocabulary = config.d_model, config.vocab_size
         embedding_init = _normal(config, 1.0)
         self.shared = nnx.Embed(vocabulary, width, embedding_init=embedding_init, **options)
@@ -365,16 +348,6 @@ class T5(nnx.Module):
         """How to transpose a checkpoint's tensor into the parameter at `path`."""
         return (1, 0) if path[-1] == "kernel" else tuple(range(ndim))
 
-    def stack(self) -> None:
-        """Make the blocks of the encoder one, and those of the decoder, and scan over them."""
-        for part in (self.encoder, self.decoder):
-            part.block = stacks.stack(part.block)
-
-    def unstack(self) -> None:
-        """Make them lists of blocks again, with the names of the checkpoints."""
-        for part in (self.encoder, self.decoder):
-            part.block = stacks.unstack(part.block)
-
     def __call__(
         self,
         ids: Array,
@@ -406,7 +379,7 @@ class T5(nnx.Module):
             return block(x, attend, bias), None
 
         x = self.shared(ids)  # (B, S, C)
-        x, _ = stacks.run(self.encoder.block, call, x, checkpoint=self.checkpoint)
+        x, _ = layers.run(self.encoder.block, call, x, checkpoint=self.checkpoint)
         return self.encoder.final_layer_norm(x)
 
     def init_cache(
@@ -426,22 +399,15 @@ class T5(nnx.Module):
             return x, KeyValue(key.astype(dtype), value.astype(dtype))
 
         c = self.config
-        own = caches.empty(
-            c.decoder_layers,
-            batch,
-            length,
-            c.num_heads,
-            c.d_kv,
-            dtype,
-            stacked=stacks.is_stacked(self.decoder.block),
-        )
-        _, seen = stacks.run(self.decoder.block, call, encoded, own)
+        sizes = c.decoder_layers, batch, length, c.num_heads, c.d_kv
+        own = caches.empty(*sizes, dtype, stacked=self.is_stacked)
+        _, seen = layers.run(self.decoder.block, call, encoded, own)
         return T5Cache(own, seen)
 
     @property
     def cache_batch_axis(self) -> T5Cache:
         """Of the cache's arrays the axis of rows; None where all beams of a row share one."""
-        return T5Cache(own=int(stacks.is_stacked(self.decoder.block)), encoded=None)
+        return T5Cache(own=int(self.is_stacked), encoded=None)
 
     def decode(
         self, ids: Array, encoded: Array | None, encoder_mask: Array | None, **options: Any
@@ -513,7 +479,7 @@ class T5(nnx.Module):
             return block(x, attend, bias, seen, encoder_attend, past, slots)
 
         x = self.shared(ids)  # (B, T, C)
-        x, own = stacks.run(self.decoder.block, call, x, inputs, checkpoint=self.checkpoint)
+        x, own = layers.run(self.decoder.block, call, x, inputs, checkpoint=self.checkpoint)
         return self.decoder.final_layer_norm(x), cache and cache._replace(own=own)
 
 

@@ -7,7 +7,7 @@ D the width of a head, V the vocabulary.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models import cache as kv
-from models import layers as stacks
-from models.cache import Cache, KeyValue
+from florax_examples.models import cache as caches
+from florax_examples.models import layers
+from florax_examples.models.cache import Cache, KeyValue
+from florax_examples.models.transformer import Decoder, known_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,8 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
 
+    length_setting: ClassVar = "max_position_embeddings"
+
     def __post_init__(self):
         if self.num_attention_heads % self.key_value_heads:
             raise ValueError(
@@ -75,16 +78,16 @@ class LlamaConfig:
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def cache_sizes(self) -> tuple[int, int, int]:
+        return self.num_hidden_layers, self.key_value_heads, self.head_size
+
     @classmethod
     def from_huggingface(cls, config: dict[str, Any]) -> "LlamaConfig":
         """Read a config.json as transformers 4 or 5 wrote it."""
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act must be 'silu', got {activation!r}")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        given = {name: value for name, value in config.items() if name in fields}
-        if isinstance(eos := given.get("eos_token_id"), list):
-            given["eos_token_id"] = tuple(eos)
-
+        given = known_settings(cls, config)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         given["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
         given["rope_scaling"] = None
@@ -185,7 +188,7 @@ class Attention(nnx.Module):
         k = _rotate(self.k_proj(x).reshape(heads), *rotation)  # (B, T, K, D)
         v = self.v_proj(x).reshape(heads)  # (B, T, K, D)
         if cache is not None:
-            cache = kv.store(cache, k, v, slots)
+            cache = caches.store(cache, k, v, slots)
             k, v = (array.astype(q.dtype) for array in cache)  # (B, S, K, D)
         # Each key/value head serves H / K queries that follow one another.
         y = jax.nn.dot_product_attention(q, k, v, mask=attend)
@@ -225,17 +228,8 @@ class Block(nnx.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache  # (B, T, C)
 
 
-class Llama(nnx.Module):
-    """The language model.
-
-    Args:
-      config: its sizes.
-      rngs: of the initial weights.
-      dtype: what it computes in; None means as its parameters are kept.
-      param_dtype: what its parameters are kept in.
-      checkpoint: keep only what enters each layer for the backward pass, which computes the rest
-        again.
-    """
+class Llama(Decoder):
+    """The language model; for the arguments see `Transformer`."""
 
     Config = LlamaConfig
     model_type = "llama"
@@ -244,15 +238,8 @@ class Llama(nnx.Module):
     ignored_tensors = (r".*\.rotary_emb\.inv_freq",)  # old files keep what follows from the config
 
     def __init__(
-        self,
-        config: LlamaConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
-        checkpoint: bool = False,
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, checkpoint: bool = False, **dtypes: Any
     ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.checkpoint = checkpoint
         self.embed_tokens = nnx.Embed(
@@ -271,87 +258,17 @@ class Llama(nnx.Module):
             self.lm_head = _linear(config, *sizes, bias=False, rngs=rngs, **dtypes)
 
     @staticmethod
-    def tensor_name(path: tuple) -> str:
-        """What the checkpoints call the parameter at a path."""
-        *modules, kind = path
-        prefix = () if modules[0] == "lm_head" else ("model",)
-        return ".".join(map(str, (*prefix, *modules, "bias" if kind == "bias" else "weight")))
-
-    @staticmethod
     def tensor_axes(path: tuple, ndim: int) -> tuple[int, ...]:
         """How the axes of a checkpoint's tensor become those of the parameter at a path."""
         return (1, 0) if path[-1] == "kernel" else tuple(range(ndim))
 
-    def stack(self) -> None:
-        """Make `layers` one block with a leading axis of layers: see `models.layers`."""
-        self.layers = stacks.stack(self.layers)
-
-    def unstack(self) -> None:
-        """Make `layers` a list of blocks again."""
-        self.layers = stacks.unstack(self.layers)
-
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
-        """An empty cache for rows of up to `length` tokens, padding not counted."""
-        self._check_length("length", length)
-        sizes = self.config.key_value_heads, self.config.head_size
-        layers, stacked = self.config.num_hidden_layers, stacks.is_stacked(self.layers)
-        return kv.empty(layers, batch, length, *sizes, dtype, stacked=stacked)
-
     @property
-    def cache_batch_axis(self) -> int:
-        return int(stacks.is_stacked(self.layers))
+    def embedding(self) -> nnx.Embed:
+        return self.embed_tokens
 
-    def __call__(self, ids: Array, **options: Any) -> tuple[Array, Cache | None]:
-        """Logits for the token after each of `ids`, shape (B, T, V); for the rest see `features`.
-
-        `logits(x)` makes them of some features `x`, where all at once would be too many.
-        """
-        x, cache = self.features(ids, **options)
-        return self.logits(x), cache
-
-    def logits(self, features: Array) -> Array:
-        # Always float32: bfloat16 cannot tell the likeliest tokens apart.
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(features)
-        table = self.embed_tokens.embedding[...].astype(features.dtype)
-        return jnp.matmul(features, table.T, preferred_element_type=jnp.float32)  # (..., V)
-
-    def features(
-        self,
-        ids: Array,
-        *,
-        positions: Array | None = None,
-        mask: Array | None = None,
-        cache: Cache | None = None,
+    def run_layers(
+        self, ids: Array, positions: Array, attend: Array, slots: Array | None, cache: Cache | None
     ) -> tuple[Array, Cache | None]:
-        """What the head sees of each of `ids`, and the cache with `ids` added.
-
-        Args:
-          ids: tokens, shape (B, T), int32.
-          positions: their positions, shape (B, T), int32; None means 0 to T-1 in every row. With a
-            cache, the caller knows better and passes them.
-          mask: shape (B, T), bool, False for padding; None means that there is none.
-          cache: None to attend to `ids` alone; or what `init_cache` or an earlier call returned,
-            to attend to all tokens so far at positions up to the own one.
-
-        Returns:
-          Features, shape (B, T, C), and the new cache (None without one). What stands in the rows
-          of padding means nothing.
-        """
-        length = ids.shape[1]
-        self._check_length("tokens", length)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
-        if mask is None:
-            mask = jnp.ones(ids.shape, bool)
-
-        if cache is None:
-            slots = None
-            attend = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, None, :]
-        else:
-            slots = kv.slots(cache, positions, mask)
-            attend = kv.attend(cache, positions)
-
         angles = positions[..., None, None] * _frequencies(self.config)  # (B, T, 1, D / 2)
         rotation = jnp.cos(angles), jnp.sin(angles)
 
@@ -359,13 +276,8 @@ class Llama(nnx.Module):
             return block(x, attend, rotation, slots, cache)
 
         x = self.embed_tokens(ids)  # (B, T, C)
-        x, cache = stacks.run(self.layers, call, x, cache, checkpoint=self.checkpoint)
+        x, cache = layers.run(self.layers, call, x, cache, checkpoint=self.checkpoint)
         return self.norm(x), cache
-
-    def _check_length(self, name: str, length: int) -> None:
-        most = self.config.max_position_embeddings
-        if not 1 <= length <= most:
-            raise ValueError(f"{name} must be 1 to max_position_embeddings={most}, got {length}")
 
 
 def _frequencies(config: LlamaConfig) -> np.ndarray:

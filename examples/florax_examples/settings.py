@@ -8,9 +8,9 @@ from typing import Literal, TypeVar
 
 import tyro
 
-from common.datasets import DataError
-from common.tokenization import TokenizerError
-from models.checkpoints import CheckpointError
+from florax_examples.datasets import DataError
+from florax_examples.models.checkpoints import CheckpointError
+from florax_examples.tokenization import TokenizerError
 
 AT_LEAST_ONE = (
     "updates",

@@ -113,7 +113,7 @@ def load(
 
     Args:
       folder: has config.json, and model.safetensors or several files and their index.
-      model_class: a model of this folder, such as `models.gpt2.GPT2`.
+      model_class: a model of this folder, such as `florax_examples.models.gpt2.GPT2`.
       config: what to build, where that differs from what config.json describes: say, other classes.
       fresh: regular expressions. A tensor that one of them matches in full is drawn anew from
         `rngs`, whatever the folder has: say, the classifier of other classes.
@@ -191,7 +191,7 @@ def save(
     folder = Path(folder).resolve()
     params = _params(model)
     if any(isinstance(param, nnx.LoRAParam) for param in params.values()):
-        raise ValueError("a model with adapters has no checkpoint format: see models.lora.merge")
+        raise ValueError("a model with adapters has no checkpoint format: see lora.merge")
     check_replaceable(folder, files)
 
     dtypes = {str(param.dtype) for param in params.values()}

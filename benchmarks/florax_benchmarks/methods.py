@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import models
 import optax
+from steps import Loss, dense, first, full_size, one_by_one
 
 import florax
-import models
-from steps import Loss, dense, first, full_size, one_by_one
 
 METHODS = (
     "none",

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
 import models
-import results
 from methods import METHODS, Method, make, stacked_shapes
+
+import results
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax
 import optax
 
 import florax
-from common.settings import Training
+from florax_examples.settings import Training
 
 
 def make(settings: Training, method: str, peak: float) -> optax.GradientTransformation:

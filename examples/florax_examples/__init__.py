@@ -1,0 +1,1 @@
+"""What the example scripts share: the models, the data and the training loop."""

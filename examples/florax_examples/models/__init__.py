@@ -1,0 +1,1 @@
+"""An architecture a file, and what they share. Nothing here knows of the scripts."""
