@@ -17,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import report
-import results
+from florax_benchmarks import results, summary
 
 XL32 = "--model gpt2-xl --dtype float32 --batch 1 --length 512"
 XL16 = "--model gpt2-xl --dtype bfloat16 --batch 8 --length 512"
@@ -48,7 +47,7 @@ ROWS = (
 @dataclasses.dataclass(frozen=True)
 class Settings:
     limit: float = 540.0  # seconds for everything; what is running then is stopped
-    only: str = ""  # only rows with this text in their command
+    only: str = ""  # run only rows with this text in their command
     results: Path = results.FOLDER  # folder for the JSON
 
 
@@ -63,7 +62,8 @@ def main(s: Settings) -> None:
     }
     for row in filter(lambda row: s.only in row, ROWS):
         script, *flags = shlex.split(row)
-        command = [sys.executable, results.HERE / script, *flags, "--results", s.results.absolute()]
+        flags += ["--results", s.results.absolute()]
+        command = [sys.executable, results.SCRIPTS / script, *flags]
         start = time.monotonic()
         print(f"\n$ python benchmarks/{row}", flush=True)
         process = subprocess.Popen(command, start_new_session=True)
@@ -74,7 +74,7 @@ def main(s: Settings) -> None:
             print(f"stopped: the limit of {s.limit:.0f} seconds is reached")
             break
         print(f"{time.monotonic() - start:.0f} seconds", flush=True)
-    print(f"\n{report.targets(s.results)}")
+    print(f"\n{summary.table(s.results)}")
 
 
 if __name__ == "__main__":

@@ -12,25 +12,24 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import florax
-import results
+from florax_benchmarks import models, results, tables
 
 DEVICES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    model: Literal[tuple(models.SHAPES)] = "gpt2"  # type: ignore[valid-type]
-    rank: int = 256
+    model: models.Name = "gpt2"  # whose gradients
+    rank: int = 256  # of the sketches
     results: Path = results.FOLDER  # folder for the JSON
 
 
@@ -99,7 +98,6 @@ def all_reduced_bytes(text: str) -> int:
     return next(count(name) for entry, name, _ in computations if entry)
 
 
-LOOP = r" while\(.*body=%?([\w.-]+).*known_trip_count\W+n\W+(\d+)"
 COLLECTIVES = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
 
 
@@ -114,23 +112,7 @@ def main(s: Settings) -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     os.environ["FLORAX_DEVICE"] = f"{DEVICES} × cpu"
     settings = {"model": s.model, "rank": s.rank}
-    print(table([results.get(s.results, "allreduce", settings, lambda: measure(s))]))
-
-
-def excess(row: dict[str, Any]) -> float:
-    """Bytes all-reduced over what r / min(n, m) predicts."""
-    return row["sketched_bytes"] / row["dense_bytes"] / row["rank_over_side"]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    header = ["gradients of", "rank", "dense MiB", "sketched MiB", "ratio", "r / min(n, m)"]
-    cells = []
-    for r in rows:
-        dense, sketched = r["dense_bytes"], r["sketched_bytes"]
-        sizes = [f"{x / 2**20:,.2f}" for x in (dense, sketched)]
-        ratios = [f"{sketched / dense:.4f}", f"{r['rank_over_side']:.4f}"]
-        cells.append([r["settings"]["model"], str(r["settings"]["rank"]), *sizes, *ratios])
-    return results.table(header, cells)
+    print(tables.allreduce([results.get(s.results, "allreduce", settings, lambda: measure(s))]))
 
 
 if __name__ == "__main__":

@@ -17,21 +17,20 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import timing
 from flax import nnx
-from steps import dense, full_size, one_by_one
 
 import florax
-import results
+from florax_benchmarks import results, tables, timing
+from florax_benchmarks.steps import dense, full_size, one_by_one
 
-sys.path[0] = str(results.HERE.parent / "examples")  # has a `models` too
-import gpt2  # noqa: E402
-from common import optimizers  # noqa: E402
+sys.path.append(str(results.REPOSITORY / "examples"))
+import gpt2
+from florax_examples import optimizers
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    rounds: int = 30  # updates of each method that count
+    rounds: int = 30  # timed updates of each method, after two that are not
     results: Path = results.FOLDER  # folder for the JSON
 
 
@@ -77,7 +76,7 @@ def measure(s: Settings) -> dict[str, Any]:
 
 def main(s: Settings) -> None:
     row = results.get(s.results, "main_job", {}, lambda: measure(s))
-    print(f"examples/gpt2.py at its defaults; milliseconds a micro-step:\n{timing.table([row])}")
+    print(f"examples/gpt2.py at its defaults; milliseconds a micro-step:\n{tables.times([row])}")
 
 
 if __name__ == "__main__":

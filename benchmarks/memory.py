@@ -15,11 +15,9 @@ import dataclasses
 from typing import Any
 
 import jax
-import methods
 import optax
-import workload
 
-import results
+from florax_benchmarks import methods, results, tables, workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,39 +63,10 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-HEADER = ["method", "state", "temporaries", "beyond", "peak", "device peak", "compile s", "÷ full"]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """In MiB; compile time also against that of `full`."""
-    lines = [f"{r['settings']['method']}: {r['error']}" for r in rows if "error" in r]
-    rows = [r for r in rows if "error" not in r]
-    full = [r["compile_seconds"] for r in rows if r["settings"]["method"] == "full"]
-    cells = []
-    for r in rows:
-        sizes = [r["state_bytes"], r["temporary_bytes"], beyond(r), r["peak_bytes"]]
-        seconds = r["compile_seconds"]
-        times = [f"{seconds:.1f}", f"{seconds / full[0]:.2f}" if full else "-"]
-        sizes = map(results.mebibytes, [*sizes, r.get("device_peak_bytes")])
-        cells.append([r["settings"]["method"], *sizes, *times])
-    return "\n".join([*lines, results.table(HEADER, cells)])
-
-
-def beyond(row: dict[str, Any]) -> int:
-    """What the peak adds to the parameters and to Adafactor's state."""
-    return row["peak_bytes"] - row["params_bytes"] - row["adafactor_bytes"]
-
-
 def main(s: Settings) -> None:
-    def row(name: str) -> dict[str, Any]:
-        settings = s.settings() | {"method": name, "run": s.run}
-        return results.get(
-            s.results, "memory", settings, lambda: results.isolated(measure, s, name)
-        )
-
-    rows = [row(name) for name in s.methods]
-    print(f"{s.title}; MiB:\n{table(rows)}")
+    rows = workload.measure_each(s, "memory", measure, run=s.run)
+    print(f"{s.title}; MiB:\n{tables.memory(rows)}")
 
 
 if __name__ == "__main__":
-    main(results.settings(Settings, __doc__))
+    main(results.settings(Settings, f"{__doc__}\n{methods.__doc__}"))

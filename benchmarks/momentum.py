@@ -14,20 +14,18 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import models
 import optax
-import timing
 
 import florax
-import results
+from florax_benchmarks import models, results, tables, timing
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    model: Literal[tuple(models.SHAPES)] = "gpt2"  # type: ignore[valid-type]
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    rank: int = 256
-    rounds: int = 10  # updates of each that count
+    model: models.Name = "gpt2"  # whose shapes the matrices have
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrices
+    rank: int = 256  # of the sketches
+    rounds: int = 10  # timed updates of each, after one that is not
     results: Path = results.FOLDER  # folder for the JSON
 
 
@@ -70,7 +68,7 @@ def main(s: Settings) -> None:
     settings = {"model": s.model, "dtype": s.dtype, "rank": s.rank}
     row = results.get(s.results, "momentum", settings, lambda: measure(s))
     title = f"{row['matrices']} matrices of {s.model}, {s.dtype}, r = {s.rank}"
-    print(f"{title}; milliseconds an update:\n{timing.table([row])}")
+    print(f"{title}; milliseconds an update:\n{tables.times([row])}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     pip install torch accelerate transformers bitsandbytes flora-opt==0.0.3 galore-torch==1.0
     python benchmarks/peers.py --model gpt2
 
-The model of models.py's GPT-2 in PyTorch, layers checkpointed, logits in chunks, TF32 products as
-in JAX; Adafactor everywhere, and nothing patched:
+The GPT-2 of the other benchmarks in PyTorch, layers checkpointed, logits in chunks, TF32 products
+as in JAX; Adafactor everywhere, and nothing patched:
 
     none       transformers' Adafactor after every micro-batch
     full       the same after summing gradients at full size, in `.grad`
@@ -21,18 +21,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-import models
-import workload
-
-import results
+from florax_benchmarks import models, results, tables, workload
 
 PEERS = ("none", "full", "flora-opt", "galore")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(workload.Workload):
-    methods: tuple[Literal[PEERS], ...] = PEERS  # type: ignore[valid-type]
-    rounds: int = 3  # updates that count
+    methods: tuple[Literal[PEERS], ...] = PEERS  # to compare
+    rounds: int = 3  # timed updates of each method, after one that is not
 
     def __post_init__(self):
         super().__post_init__()
@@ -178,29 +175,8 @@ def measure(s: Settings, name: str) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{r['settings']['method']}: {r['error']}" for r in rows if "error" in r]
-    cells = [
-        [
-            r["settings"]["method"],
-            results.mebibytes(r["device_peak_bytes"]),
-            f"{r['micro_step_ms']:.1f}",
-            f"{r['first_update_seconds']:.1f}",
-        ]
-        for r in rows
-        if "error" not in r
-    ]
-    header = ["PyTorch", "peak MiB", "micro-step ms", "first update s"]
-    return "\n".join([*lines, results.table(header, cells)])
-
-
 def main(s: Settings) -> None:
-    def row(name: str) -> dict[str, Any]:
-        settings = s.settings() | {"method": name}
-        return results.get(s.results, "peers", settings, lambda: results.isolated(measure, s, name))
-
-    rows = [row(name) for name in s.methods]
-    print(f"{s.title}\n{table(rows)}")
+    print(f"{s.title}\n{tables.peers(workload.measure_each(s, 'peers', measure))}")
 
 
 if __name__ == "__main__":

@@ -10,15 +10,12 @@ the ratio is the median of those of the rounds.
 import dataclasses
 from typing import Any
 
-import timing
-import workload
-
-import results
+from florax_benchmarks import methods, results, tables, timing, workload
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(workload.Workload):
-    rounds: int = 5  # updates of each method that count; one more, the first, does not
+    rounds: int = 5  # timed updates of each method, after one that is not
 
 
 def measure(s: Settings) -> dict[str, Any]:
@@ -32,8 +29,8 @@ def measure(s: Settings) -> dict[str, Any]:
 def main(s: Settings) -> None:
     settings = s.settings() | {"methods": list(s.methods)}
     row = results.get(s.results, "speed", settings, lambda: measure(s))
-    print(f"{s.title}; milliseconds a micro-step:\n{timing.table([row])}")
+    print(f"{s.title}; milliseconds a micro-step:\n{tables.times([row])}")
 
 
 if __name__ == "__main__":
-    main(results.settings(Settings, __doc__))
+    main(results.settings(Settings, f"{__doc__}\n{methods.__doc__}"))

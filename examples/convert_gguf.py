@@ -10,10 +10,9 @@ cannot be converted is refused with a sentence that says why, and nothing is wri
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import gguf
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from tokenizers.processors import TemplateProcessing
 from florax_examples.models import checkpoints
 from florax_examples.models.checkpoints import CheckpointError
 from florax_examples.models.llama import Llama, LlamaConfig
+from florax_examples.settings import run
 
 # How the tokenizers of this kind that have been compared cut a text before they merge its bytes.
 # The pattern is GPT-2's, within which SmolLM takes each digit by itself.
@@ -39,8 +39,10 @@ PRE_TOKENIZERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    file: tyro.conf.Positional[Path]  # GGUF, in one part
-    output: tyro.conf.Positional[Path]  # folder to write; an older checkpoint there is replaced
+    # to convert: GGUF, in one part
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    # to write; an older checkpoint there is replaced
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
 
 
@@ -232,9 +234,4 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings, description=__doc__))
-    except CheckpointError as mistake:
-        sys.exit(f"error: {mistake}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    run(main, Settings, __doc__)

@@ -12,9 +12,7 @@ Hugging Face checkpoint, the loss curves and all figures.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,9 +20,8 @@ from florax_examples import datasets, metrics, report, settings, training
 from florax_examples.datasets import Pair
 from florax_examples.loading import load_config, load_model, load_tokenizer
 from florax_examples.losses import target_losses
-from florax_examples.models import checkpoints
 from florax_examples.models.gpt2 import GPT2, PRESETS, GPT2Config
-from florax_examples.text import generate, pad_right
+from florax_examples.text import check_room, generate, pad_right
 from florax_examples.tokenization import Tokenizer
 
 TINY = GPT2Config(vocab_size=2048, n_positions=96, n_embd=160, n_layer=3, n_head=5)
@@ -38,23 +35,21 @@ SHOWN = 8  # translations
 
 @dataclasses.dataclass(frozen=True)
 class Settings(settings.Training):
-    data: str = str(Path(__file__).parent / "data/tatoeba_deen")
-    output: Path = Path("runs/gpt2")
+    data: str = str(datasets.FOLDER / "tatoeba_deen")  # folder with pairs, or iwslt2017 of the hub
+    output: Path = Path("runs/gpt2")  # folder for results.json, loss.png, weights and logs
     length: int = 32  # tokens of a pair; longer ones are left out
     new_tokens: int = 16  # of a translation, at most
     beams: int = 1  # of the search for a translation; 1 is greedy
     scored: int = 1000  # test pairs that are translated, at most
 
-    updates: int = 1500  # a little more than two epochs
-    accumulate: int = 4
-    rank: int = 40  # a quarter of the width, so that a sketch is a quarter of its matrix
-    resample_every: int = 100
+    updates: int = 1500  # of the optimizer; of the default data, a little more than two epochs
+    accumulate: int = 4  # micro-batches an update
+    rank: int = 40  # of the sketches or adapters; 40 is a quarter of the tiny model's width
+    resample_every: int = 100  # updates that share a projection of the momentum
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("length", "new_tokens", "beams", "scored"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        settings.check_at_least_one(self, "length", "new_tokens", "beams", "scored")
 
 
 # The data.
@@ -82,21 +77,9 @@ def encode_prompt(pair: Pair, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(PROMPT.format(source=pair.source.rstrip(".")))
 
 
-# The translations.
-
-
-def translate(model: GPT2, tokenizer: Tokenizer, pairs: list[Pair], s: Settings) -> list[str]:
-    prompts = [encode_prompt(pair, tokenizer) for pair in pairs]
-    return generate(model, tokenizer, prompts, s.new_tokens, s.beams, s.heldout_batch)
-
-
 def main(s: Settings) -> None:
     config = load_config(s, GPT2, PRESETS | {"tiny": TINY})
-    if s.length + s.new_tokens > config.n_positions:
-        sys.exit(
-            f"error: length={s.length} and new_tokens={s.new_tokens} exceed the model's "
-            f"n_positions={config.n_positions} together"
-        )
+    check_room(config, length=s.length, new_tokens=s.new_tokens)
     pairs = {split: datasets.load_pairs(s.data, split) for split in datasets.SPLITS}
 
     def texts():
@@ -110,6 +93,13 @@ def main(s: Settings) -> None:
     test = [pair for pair in pairs["test"] if len(encode_prompt(pair, tokenizer)) <= s.length]
     test = test[: s.scored]
 
+    def evaluate(model: GPT2) -> tuple[dict[str, float], list[str]]:
+        prompts = [encode_prompt(pair, tokenizer) for pair in test]
+        written = generate(model, tokenizer, prompts, s.new_tokens, s.beams, s.heldout_batch)
+        bleu = metrics.bleu(written, [pair.references for pair in test])
+        loss = training.heldout_loss(target_losses, model, data["test"], s.heldout_batch)
+        return {"test_loss": loss, "BLEU": bleu}, written
+
     task = training.Task(
         losses=target_losses,
         train=data["train"],
@@ -119,22 +109,11 @@ def main(s: Settings) -> None:
         learning_rates=LEARNING_RATES,
         files=tokenizer.files,
     )
-    runs: list[dict[str, Any]] = []
-    curves, translations = {}, {}
-    for method in s.methods():
-        model = load_model(s, GPT2, config)
-        trained = training.train(s, method, model, task)
-        best = checkpoints.load(trained.best, GPT2, stacked=s.scan)
-        curves[method] = trained.curve
-        translations[method] = translate(best, tokenizer, test, s)
-        bleu = metrics.bleu(translations[method], [pair.references for pair in test])
-        test_loss = training.heldout_loss(target_losses, best, data["test"], s.heldout_batch)
-        runs.append(trained.figures | {"test_loss": test_loss, "BLEU": bleu})
+    runs, curves, written = training.compare(s, task, lambda: load_model(s, GPT2, config), evaluate)
 
     for i in simple(test, tokenizer)[:SHOWN]:
-        print(f"\n{test[i].source}\n  {'expected':9} {test[i].target}")
-        for method, texts_ in translations.items():
-            print(f"  {method:9} {texts_[i]}")
+        translations = {method: own[i] for method, own in written.items()}
+        report.print_sample(test[i].source, {"expected": test[i].target} | translations)
     report.conclude(s, runs, curves, title="German to English", unit="token", scores=["BLEU"])
 
 

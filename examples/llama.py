@@ -18,7 +18,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,9 +27,8 @@ from florax_examples import datasets, metrics, report, settings, training
 from florax_examples.datasets import Pair
 from florax_examples.loading import has_weights, load_config, load_model, load_tokenizer
 from florax_examples.losses import target_losses
-from florax_examples.models import checkpoints
 from florax_examples.models.llama import PRESETS, Llama, LlamaConfig
-from florax_examples.text import generate, pad_right
+from florax_examples.text import check_room, generate, pad_right
 from florax_examples.tokenization import Tokenizer, TokenizerError
 
 # Adafactor factors what is at least 128 wide. Token ids are those of a tokenizer trained here.
@@ -56,25 +55,23 @@ PROMPT = 12  # words of a held-out text that are one
 
 @dataclasses.dataclass(frozen=True)
 class Settings(settings.Training):
-    data: str = str(Path(__file__).parent / "data/tinystories")
-    output: Path = Path("runs/llama")
+    data: str = str(datasets.FOLDER / "tinystories")  # folder with texts or pairs, or a hub's set
+    output: Path = Path("runs/llama")  # folder for results.json, loss.png, weights and logs
     texts: int | None = None  # or pairs of the train split, the first ones; None: all
     heldout_texts: int | None = 500  # the same of validation and of test
     length: int = 128  # tokens of a row
     new_tokens: int = 48  # of what is written after a prompt; of a row of a pair the target's part
-    template: str = "{source}\n\nTL;DR:"  # of a pair's prompt
+    template: str = "{source}\n\nTL;DR:"  # of a pair's prompt, with {source} in it
 
-    updates: int = 800
-    micro_batch: int = 4
-    accumulate: int = 4
-    rank: int = 32  # a quarter of the width, so that a sketch is a quarter of its matrix
-    resample_every: int = 100
+    updates: int = 800  # of the optimizer; of the default data, EPOCHS
+    micro_batch: int = 4  # rows of a micro-batch, whose activations exist at once
+    accumulate: int = 4  # micro-batches an update
+    rank: int = 32  # of the sketches or adapters; 32 is a quarter of the tiny model's width
+    resample_every: int = 100  # updates that share a projection of the momentum
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("texts", "heldout_texts", "length", "new_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        settings.check_at_least_one(self, "texts", "heldout_texts", "length", "new_tokens")
         if self.template.count("{source}") != 1:
             raise ValueError(f"template must have {{source}} once, got {self.template!r}")
 
@@ -196,10 +193,7 @@ def join(
 
 def main(s: Settings) -> None:
     config = load_config(s, Llama, PRESETS | {"tiny": TINY})
-    if s.length > config.max_position_embeddings:
-        raise datasets.DataError(
-            f"length={s.length} exceeds max_position_embeddings={config.max_position_embeddings}"
-        )
+    check_room(config, length=s.length)
     has_pairs = datasets.has_pairs(s.data)
     tokenizer, data, prompts = (read_pairs if has_pairs else read_texts)(s, config.vocab_size)
     largest = max(int(rows["ids"].max()) for rows in data.values())
@@ -208,8 +202,10 @@ def main(s: Settings) -> None:
             f"the tokenizer gives ids up to {largest}, vocab_size={config.vocab_size} of the model"
         )
 
-    def score(model: Llama) -> tuple[dict[str, float], list[str]]:
-        ids = [prompt.ids for prompt in prompts]
+    ids = [prompt.ids for prompt in prompts]
+    check_room(config, prompt=max(map(len, ids)), new_tokens=s.new_tokens)
+
+    def evaluate(model: Llama) -> tuple[dict[str, float], list[str]]:
         written = generate(model, tokenizer, ids, s.new_tokens, batch=s.heldout_batch)
         loss = training.heldout_loss(target_losses, model, data["test"], s.heldout_batch)
         scores = {"test_loss": loss, "perplexity": float(np.exp(loss))}
@@ -226,27 +222,21 @@ def main(s: Settings) -> None:
         learning_rates=LEARNING_RATES,
         files=tokenizer.files,
     )
-    written: dict[str, list[str]] = {}
-    before: dict[str, float] = {}
+    before, written = {}, {}
     if has_weights(s):
-        before, written["before"] = score(load_model(s, Llama, config))
-    runs: list[dict[str, Any]] = []
-    curves = {}
-    for method in s.methods():
-        trained = training.train(s, method, load_model(s, Llama, config), task)
-        best = checkpoints.load(trained.best, Llama, stacked=s.scan)
-        curves[method] = trained.curve
-        scores, written[method] = score(best)
-        runs.append(trained.figures | scores | {f"{k}_before": v for k, v in before.items()})
+        before, written["before"] = evaluate(load_model(s, Llama, config))
+    compared = training.compare(s, task, lambda: load_model(s, Llama, config), evaluate)
+    runs = [run | {f"{k}_before": v for k, v in before.items()} for run in compared.runs]
+    written |= compared.outputs
 
     for i, prompt in enumerate(prompts[:SHOWN]):
-        print(f"\n{shorten(prompt.text)}\n  {'expected':9} {shorten(prompt.expected[0])}")
-        for name, own in written.items():
-            print(f"  {name:9} {shorten(own[i])}")
+        texts = {"expected": prompt.expected[0]} | {name: own[i] for name, own in written.items()}
+        report.print_sample(shorten(prompt.text), {k: shorten(text) for k, text in texts.items()})
     if before:
         print("\nbefore training:", ", ".join(f"{k} {v:.3f}" for k, v in before.items()))
     names = ["perplexity", *(metrics.ROUGE if has_pairs else ())]
-    report.conclude(s, runs, curves, title="Language modelling", unit="token", scores=names)
+    title = "Language modelling"
+    report.conclude(s, runs, compared.curves, title=title, unit="token", scores=names)
 
 
 def shorten(text: str) -> str:

@@ -15,7 +15,6 @@ out: a table of losses and accuracies, a plot, and a line of JSON.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +35,21 @@ METHODS = ("full", "lora", "lora_b", "rp", "rrp")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    data: str = str(Path(__file__).parent / "data/fashion_mnist")
-    output: Path = Path("runs/projections")
-    seed: int = 0
-    hidden: int = 768
-    rank: int = 8
-    learning_rate: float = 0.01
-    batch: int = 64
-    steps: int = 4000
-    evaluations: int = 10
+    data: str = str(datasets.FOLDER / "fashion_mnist")  # a folder with images, or cifar100
+    output: Path = Path("runs/projections")  # folder for loss.png and results.json
+    seed: int = 0  # of the weights, the order of the data and the projections
+    hidden: int = 768  # width of the hidden layer, below the numbers of an image
+    rank: int = 8  # of the projections, and of LoRA
+    learning_rate: float = 0.01  # of SGD
+    batch: int = 64  # images a step
+    steps: int = 4000  # of SGD
+    evaluations: int = 10  # of the test loss
 
     def __post_init__(self):
-        for name in ("hidden", "rank", "batch", "steps", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        settings.check_at_least_one(self, "hidden", "rank", "batch", "steps", "evaluations")
         if self.rank >= self.hidden:
             raise ValueError(f"rank={self.rank} must be below hidden={self.hidden}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        settings.check_positive(self, "learning_rate")
 
 
 class Network(nnx.Module):
@@ -125,7 +121,7 @@ def train(s: Settings, method: str, train: Any, test: Any) -> tuple[report.Curve
     state = jax.jit(tx.init)(params)
     order = batches.Shuffled(train, s.batch, s.seed)
     curve, losses = report.Curve([], []), []
-    evaluations = {round(s.steps * i / s.evaluations) for i in range(1, s.evaluations + 1)}
+    evaluations = settings.spread(s.evaluations, s.steps)
     for i in tqdm(range(1, s.steps + 1), desc=f"{method:6}"):
         loss, params, state = step(params, state, *order[i - 1])
         losses.append(loss)
@@ -148,32 +144,16 @@ def main(s: Settings) -> None:
         curve, loss, accuracy = train(s, method, data["train"], data["test"])
         curves[method] = curve
         training_loss = curve.train[-1][1]  # the mean since the evaluation before
-        runs.append(
-            {
-                "method": method,
-                "training_loss": training_loss,
-                "test_loss": loss,
-                "accuracy": accuracy,
-            }
-        )
+        losses = {"training_loss": training_loss, "test_loss": loss}
+        runs.append({"method": method, **losses, "accuracy": accuracy})
 
-    header = ["method", "training loss", "test loss", "accuracy"]
+    header = ["method", "training loss", "test loss", "accuracy %"]
     table = [
-        [
-            run["method"],
-            f"{run['training_loss']:.3f}",
-            f"{run['test_loss']:.3f}",
-            f"{run['accuracy']:.1f}",
-        ]
-        for run in runs
+        [method, f"{training_loss:.3f}", f"{test_loss:.3f}", f"{accuracy:.1f}"]
+        for method, training_loss, test_loss, accuracy in (run.values() for run in runs)
     ]
     print(f"\n{report.format_table(header, table)}\n")
-    s.output.mkdir(parents=True, exist_ok=True)
-    report.plot_curves(curves, s.output / "loss.png", "image", "Fashion-MNIST, SGD")
-    results = {"settings": report.as_json(s), "runs": runs}
-    (s.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"wrote {s.output}/loss.png and results.json")
-    print(json.dumps(results))
+    report.write_results(s, runs, curves, title="Fashion-MNIST, SGD", unit="image")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +23,7 @@ from florax_examples import datasets, metrics, report, settings, training
 from florax_examples.datasets import Pair
 from florax_examples.loading import load_config, load_model, load_tokenizer
 from florax_examples.losses import LOGITS, chunked_cross_entropy
-from florax_examples.models import checkpoints
-from florax_examples.models.generation import beam_search, greedy
+from florax_examples.models import generation
 from florax_examples.models.t5 import PRESETS, T5, T5Config, shift_right
 from florax_examples.text import generate, pad_right
 from florax_examples.tokenization import Tokenizer
@@ -49,25 +47,23 @@ SHOWN = 3  # summaries
 
 @dataclasses.dataclass(frozen=True)
 class Settings(settings.Training):
-    data: str = str(Path(__file__).parent / "data/scitldr")
-    output: Path = Path("runs/t5")
-    source_length: int = 128  # tokens; what is longer is cut off
-    target_length: int = 40
+    data: str = str(datasets.FOLDER / "scitldr")  # folder with pairs, or xsum of the hub
+    output: Path = Path("runs/t5")  # folder for results.json, loss.png, weights and logs
+    source_length: int = 128  # tokens of a source; what is longer is cut off
+    target_length: int = 40  # tokens of a summary, at most
     beams: int = 1  # of the search for a summary; 1 is greedy
     length_penalty: float = 1.0  # of that search; above 1 it favours longer summaries
     scored: int = 500  # test texts that are summarized, at most
 
-    updates: int = 800
-    micro_batch: int = 8
-    accumulate: int = 2
-    rank: int = 32  # a quarter of the width, so that a sketch is a quarter of its matrix
-    resample_every: int = 100
+    updates: int = 800  # of the optimizer; of the default data, 6.4 epochs
+    micro_batch: int = 8  # examples of a micro-batch, whose activations exist at once
+    accumulate: int = 2  # micro-batches an update
+    rank: int = 32  # of the sketches or adapters; 32 is a quarter of the tiny model's width
+    resample_every: int = 100  # updates that share a projection of the momentum
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("source_length", "target_length", "beams", "scored"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        settings.check_at_least_one(self, "source_length", "target_length", "beams", "scored")
 
 
 # The data.
@@ -122,22 +118,9 @@ def write(
     start = jnp.full((len(ids), 1), model.config.decoder_start_token_id, jnp.int32)
     cache = model.init_cache(len(ids), 1 + new_tokens, encoded=model.encode(ids, mask))
     decode = functools.partial(model.decode, encoded=None, encoder_mask=mask)
+    search = dict(beams=beams, length_penalty=length_penalty, batch_axis=model.cache_batch_axis)
     everywhere = jnp.ones_like(start, bool)
-    if beams == 1:
-        return greedy(decode, cache, start, everywhere, new_tokens, eos, pad)
-    found = beam_search(
-        decode,
-        cache,
-        start,
-        everywhere,
-        new_tokens,
-        eos,
-        pad,
-        beams=beams,
-        length_penalty=length_penalty,
-        batch_axis=model.cache_batch_axis,
-    )
-    return found[0][:, 0]
+    return generation.write(decode, cache, start, everywhere, new_tokens, eos, pad, **search)
 
 
 def main(s: Settings) -> None:
@@ -157,6 +140,15 @@ def main(s: Settings) -> None:
     prompts = [encode_source(pair, tokenizer, s) for pair in test]
     penalized = functools.partial(write, length_penalty=s.length_penalty)
 
+    def evaluate(model: T5) -> tuple[dict[str, float], list[str]]:
+        size = s.heldout_batch
+        summaries = generate(
+            model, tokenizer, prompts, s.target_length, s.beams, size, write=penalized
+        )
+        scores = metrics.rouge(summaries, [pair.references for pair in test])
+        loss = training.heldout_loss(losses, model, data["test"], size)
+        return {"test_loss": loss} | scores, summaries
+
     task = training.Task(
         losses=losses,
         train=data["train"],
@@ -166,23 +158,11 @@ def main(s: Settings) -> None:
         learning_rates=LEARNING_RATES,
         files=tokenizer.files,
     )
-    runs: list[dict[str, Any]] = []
-    curves, summaries = {}, {}
-    for method in s.methods():
-        trained = training.train(s, method, load_model(s, T5, config), task)
-        best = checkpoints.load(trained.best, T5, stacked=s.scan)
-        curves[method] = trained.curve
-        summaries[method] = generate(
-            best, tokenizer, prompts, s.target_length, s.beams, s.heldout_batch, penalized
-        )
-        scores = metrics.rouge(summaries[method], [pair.references for pair in test])
-        test_loss = training.heldout_loss(losses, best, data["test"], s.heldout_batch)
-        runs.append(trained.figures | {"test_loss": test_loss} | scores)
+    runs, curves, written = training.compare(s, task, lambda: load_model(s, T5, config), evaluate)
 
     for i, pair in enumerate(test[:SHOWN]):
-        print(f"\n{pair.source[:200]}...\n  {'expected':9} {pair.target}")
-        for method, own in summaries.items():
-            print(f"  {method:9} {own[i]}")
+        summaries = {method: own[i] for method, own in written.items()}
+        report.print_sample(f"{pair.source[:200]}...", {"expected": pair.target} | summaries)
     report.conclude(s, runs, curves, title="Summaries", unit="token", scores=metrics.ROUGE)
 
 

@@ -27,7 +27,6 @@ from jax import Array
 from florax_examples import batches, datasets, metrics, report, settings, training
 from florax_examples.datasets import Images
 from florax_examples.loading import load_config, load_model
-from florax_examples.models import checkpoints
 from florax_examples.models.vit import PRESETS, ViT, ViTConfig
 
 # Adafactor factors what is at least 128 wide. Grey images are made colour ones, so that weights
@@ -50,13 +49,13 @@ SHOWN = (4, 6)  # rows and columns of the picture of predictions
 
 @dataclasses.dataclass(frozen=True)
 class Settings(settings.Training):
-    data: str = str(Path(__file__).parent / "data/fashion_mnist")
-    output: Path = Path("runs/vit")
+    data: str = str(datasets.FOLDER / "fashion_mnist")  # folder with images, or cifar100 of the hub
+    output: Path = Path("runs/vit")  # folder for results.json, two pictures, weights and logs
 
-    updates: int = 1000  # of the default data 21 epochs
-    accumulate: int = 4
-    rank: int = 32  # a quarter of the width, so that a sketch is a quarter of its matrix
-    resample_every: int = 100
+    updates: int = 1000  # of the optimizer; of the default data, 21 epochs
+    accumulate: int = 4  # micro-batches an update
+    rank: int = 32  # of the sketches or adapters; 32 is a quarter of the tiny model's width
+    resample_every: int = 100  # updates that share a projection of the momentum
 
 
 # The data.
@@ -162,6 +161,14 @@ def main(s: Settings) -> None:
             f"{s.data} has images of {channels} channels, the model takes {config.num_channels}"
         )
 
+    def new_model() -> ViT:
+        return load_model(s, ViT, config, **changes, rngs=nnx.Rngs(s.seed))
+
+    def evaluate(model: ViT) -> tuple[dict[str, float], np.ndarray]:
+        predicted = predict(model, test.images, s.heldout_batch)
+        loss = training.heldout_loss(losses, model, rows(test), s.heldout_batch)
+        return {"test_loss": loss, "accuracy": metrics.accuracy(predicted, test.labels)}, predicted
+
     task = training.Task(
         losses=losses,
         train=rows(data["train"]),
@@ -171,17 +178,7 @@ def main(s: Settings) -> None:
         learning_rates=LEARNING_RATES,
         files={},
     )
-    runs: list[dict[str, Any]] = []
-    curves, predictions = {}, {}
-    for method in s.methods():
-        model = load_model(s, ViT, config, **changes, rngs=nnx.Rngs(s.seed))
-        trained = training.train(s, method, model, task)
-        best = checkpoints.load(trained.best, ViT, stacked=s.scan)
-        curves[method] = trained.curve
-        predictions[method] = predict(best, test.images, s.heldout_batch)
-        accuracy = metrics.accuracy(predictions[method], test.labels)
-        test_loss = training.heldout_loss(losses, best, rows(test), s.heldout_batch)
-        runs.append(trained.figures | {"test_loss": test_loss, "accuracy": accuracy})
+    runs, curves, predictions = training.compare(s, task, new_model, evaluate)
 
     print("\nmistaken most often:")
     for method, predicted in predictions.items():

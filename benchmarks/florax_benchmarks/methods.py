@@ -15,14 +15,14 @@ All but `galore`, which cannot take it and has Adam, have Adafactor as their bas
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
-import models
 import optax
-from steps import Loss, dense, first, full_size, one_by_one
 
 import florax
+from florax_benchmarks import models
+from florax_benchmarks.steps import Loss, dense, first, full_size, one_by_one
 
 METHODS = (
     "none",
@@ -34,6 +34,7 @@ METHODS = (
     "layerwise-accumulate",
     "galore",
 )
+Name: TypeAlias = Literal[METHODS]
 LEARNING_RATE = 1e-4
 
 

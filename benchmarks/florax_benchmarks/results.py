@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,9 @@ import tyro
 T = TypeVar("T")
 
 HERE = Path(__file__).parent
-FOLDER = HERE / "results"
+REPOSITORY = HERE.parents[1]
+SCRIPTS = REPOSITORY / "benchmarks"
+FOLDER = SCRIPTS / "results"
 
 
 def read(folder: Path, benchmark: str) -> list[dict[str, Any]]:
@@ -69,8 +71,9 @@ def isolated(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, An
 
 def conditions() -> dict[str, str]:
     """Device, versions, and a hash of the code: rows are comparable where these are equal."""
-    sources = [*sorted((HERE.parent / "src/florax").glob("*.py")), HERE / "models.py"]
-    code = b"".join(file.read_bytes() for file in [*sources, HERE / "methods.py"])
+    library = sorted((REPOSITORY / "src/florax").glob("*.py"))
+    own = [HERE / f"{name}.py" for name in ("models", "methods", "steps")]
+    code = b"".join(file.read_bytes() for file in [*library, *own])
     return {
         "device": device(),
         "jax": jax.__version__,
@@ -92,23 +95,8 @@ def commit() -> str:
     """Where the code is no repository, the environment's FLORAX_COMMIT says what it is."""
     if name := os.environ.get("FLORAX_COMMIT"):
         return name
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table in aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
-    lines = []
-    for first, *rest in [header, rule, *rows]:
-        right = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("| " + " | ".join([first.ljust(widths[0]), *right]) + " |")
-    return "\n".join(lines)
-
-
-def mebibytes(size: float | None) -> str:
-    return "-" if size is None else f"{size / 2**20:,.0f}"
 
 
 def settings(kind: type[T], description: str | None) -> T:

@@ -2,9 +2,6 @@
 
 import statistics
 from collections.abc import Callable
-from typing import Any
-
-import results
 
 
 def take_turns(seconds: dict[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict:
@@ -22,12 +19,3 @@ def take_turns(seconds: dict[str, Callable[[], float]], rounds: int, warmup: int
         "ratio": {n: round(x, 4) for n, x in ratios.items()},
         "rounds": [{n: round(x * 1e3, 3) for n, x in r.items()} for r in counted],
     }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    cells = [
-        [name, f"{ms:.2f}", f"{row['ratio'][name]:.3f}"]
-        for row in rows
-        for name, ms in row["milliseconds"].items()
-    ]
-    return results.table(["method", "ms", f"÷ {rows[0]['against']}"], cells)

@@ -1,31 +1,30 @@
-"""A model, a batch and a method: what memory.py and speed.py measure, and their common flags."""
+"""A model, a batch and methods: what memory.py, speed.py and peers.py measure, and their flags."""
 
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import models
-from methods import METHODS, Method, make, stacked_shapes
 
-import results
+from florax_benchmarks import methods, models, results
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    model: Literal[tuple(models.SHAPES)] = "gpt2"  # type: ignore[valid-type]
-    methods: tuple[Literal[METHODS], ...] = ("none", "full", "sketched")  # type: ignore
+    model: models.Name = "gpt2"  # whose shape to train
+    methods: tuple[methods.Name, ...] = ("none", "full", "sketched")  # to compare
     dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and activations
     batch: int = 1  # rows of a micro-batch
     length: int = 512  # tokens of a row; of T5's target
     source: int = 512  # tokens that T5 reads; the other models have no source
     accumulate: int = 16  # micro-batches an update, of the methods that accumulate
-    rank: int = 256
-    side: Literal["larger", "smaller"] = "larger"  # of a matrix, to be projected
-    results: Path = results.FOLDER  # folder for the JSON; rows that are there are not run again
+    rank: int = 256  # of the sketches
+    side: Literal["larger", "smaller"] = "larger"  # of a matrix that is projected
+    results: Path = results.FOLDER  # folder for the JSON; what it has is not measured again
 
     def __post_init__(self):
         for name in ("batch", "length", "source", "accumulate", "rank"):
@@ -53,10 +52,25 @@ class Workload:
         return models.batch_shapes(self.shape, self.batch, self.length, self.source)
 
 
+def measure_each(
+    w: Workload, benchmark: str, measure: Callable[[Any, str], dict[str, Any]], **more: Any
+) -> list[dict[str, Any]]:
+    """The rows of a benchmark that gives every method a process of its own.
+
+    `more` is what identifies a row beside the workload and the method.
+    """
+
+    def row(name: str) -> dict[str, Any]:
+        isolated = functools.partial(results.isolated, measure, w, name)
+        return results.get(w.results, benchmark, w.settings() | {"method": name} | more, isolated)
+
+    return [row(name) for name in w.methods]
+
+
 class Compiled(NamedTuple):
     """A compiled method; `params`, `state` and `batches` are shapes."""
 
-    method: Method
+    method: methods.Method
     step: jax.stages.Compiled
     params: Any
     state: Any
@@ -69,9 +83,9 @@ def compile_method(workload: Workload, name: str) -> Compiled:
     params = models.parameter_shapes(w.shape, jnp.dtype(w.dtype))
     loss_fn = functools.partial(models.loss, w.shape)
     start = time.perf_counter()
-    method = make(name, loss_fn, w.accumulate, w.rank, w.side, batch)
+    method = methods.make(name, loss_fn, w.accumulate, w.rank, w.side, batch)
     state = jax.eval_shape(method.init, params)
-    batches = stacked_shapes(batch, method.micro_batches)
+    batches = methods.stacked_shapes(batch, method.micro_batches)
     step = jax.jit(method.step, donate_argnums=(0, 1)).lower(params, state, batches).compile()
     return Compiled(method, step, params, state, batches, time.perf_counter() - start)
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+FOLDER = Path(__file__).parents[1] / "data"  # what comes with the repository
 FILE_NAMES = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev"),

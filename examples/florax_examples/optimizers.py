@@ -1,16 +1,23 @@
-"""From settings to an Optax transformation, for every method: what the scripts compare.
+"""From settings to an optimizer and its step, for every method: what the scripts compare.
 
 The base optimizer is the same for all. Momentum follows it, as in `optax.adafactor(momentum=)`;
 accumulation wraps both, so that they run once an update.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import optax
+from jax import Array
 
 import florax
+from florax_examples.models import layers
 from florax_examples.settings import Training
+
+Loss: TypeAlias = Callable[[Any, Any], Array]  # of parameters and a batch
+Step: TypeAlias = Callable[[Any, Any, Any], tuple[Array, Any, Any]]
 
 
 def make(settings: Training, method: str, peak: float) -> optax.GradientTransformation:
@@ -40,6 +47,53 @@ def make(settings: Training, method: str, peak: float) -> optax.GradientTransfor
     return optax.MultiSteps(base, s.accumulate).gradient_transformation()
 
 
+def is_whole_update(settings: Training, method: str) -> bool:
+    """Whether a step is a whole update: gradients that are born as sketches are summed as such."""
+    return method == "flora" and settings.accumulate > 1 and settings.gradients == "sketched"
+
+
+def init(s: Training, tx: optax.GradientTransformation, loss: Loss, params: Any, batch: Any) -> Any:
+    """The first state, to go with `step`."""
+    if s.layerwise:
+        return florax.layerwise_value_and_update(loss, tx)[0](params, batch)
+    return tx.init(params)
+
+
+def step(s: Training, method: str, tx: optax.GradientTransformation, loss: Loss) -> Step:
+    """The step `(params, state, batch) -> (loss, params, state)`.
+
+    If `is_whole_update`, the batch has a leading axis of micro-batches.
+    """
+    if s.layerwise:
+        return florax.layerwise_value_and_update(loss, tx)[1]
+    if is_whole_update(s, method):
+        return florax.value_and_update(loss, tx)
+
+    def ordinary(params: Any, state: Any, batch: Any) -> tuple[Array, Any, Any]:
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return value, optax.apply_updates(params, updates), state
+
+    return ordinary
+
+
+def compresses_anything(settings: Training, params: Any) -> bool:
+    """Whether FLORA, at this rank, is anything else than the naive method."""
+    # By layers the optimizer is given them singly, and never the stacks of `params`.
+    whole = dataclasses.replace(settings, layerwise=False)
+    report = florax.state_report(make(whole, "flora", 1.0), params)
+    return not report.rows or any(row.rank for row in report.rows)
+
+
+def accumulator(state: Any) -> tuple[Any, Any]:
+    """The accumulated gradients of an optimizer's state, and the rest of it."""
+    if isinstance(state, optax.MultiStepsState):
+        return state.acc_grads, state.inner_opt_state
+    if isinstance(state, florax.FloraAccumulateState):
+        return state.sketch, state.inner_opt_state
+    return (), state
+
+
 def rank_of(settings: Training) -> Any:
     """As in the paper: embeddings, heads, norms and biases stay as they are."""
 
@@ -50,13 +104,10 @@ def rank_of(settings: Training) -> Any:
     return rank
 
 
-def updates(settings: Training, method: str) -> int:
-    """How many there are: `none` makes one of every micro-batch."""
-    return settings.updates * (settings.accumulate if method == "none" else 1)
-
-
 def _base(s: Training, method: str, peak: float) -> optax.GradientTransformation:
-    learning_rate = _schedule(s, updates(s, method), peak)
+    # Without accumulation every micro-batch makes an update.
+    updates = s.updates * (s.accumulate if method == "none" else 1)
+    learning_rate = _schedule(s, updates, peak)
     if s.optimizer != "adamw":
         return optax.adafactor(
             learning_rate,
@@ -87,13 +138,4 @@ def _per_layer(s: Training, opt: optax.GradientTransformation) -> optax.Gradient
     """Let layers that are stacked be what they are apart: blocks of their own to the optimizer."""
     if not s.scan or s.layerwise:  # which does so by itself
         return opt
-    return florax.per_layer(opt, lambda path, leaf: _is_stacked(path))
-
-
-# What the models call their stacks of layers.
-_STACKS = {"h", "layers", "block"}
-
-
-def _is_stacked(path: jax.tree_util.KeyPath) -> bool:
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    return not _STACKS.isdisjoint(names)
+    return florax.per_layer(opt, lambda path, leaf: layers.is_in_stack(path))

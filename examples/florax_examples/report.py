@@ -44,35 +44,54 @@ def conclude(
       scores: which of the figures are scores, columns of the table.
     """
     kinds = ("optimizer", "accumulator", "temporary")
-    header = [
-        "method",
-        *("optimizer state", "accumulator", "temporaries", "seconds", "loss"),
-        *scores,
-    ]
+    sizes_header = ("optimizer state", "accumulator", "temporaries")
+    header = ["method", *sizes_header, "seconds", "test loss", *scores]
     table = []
     for run in runs:
         sizes = [human(run[f"{kind}_bytes"]) for kind in kinds]
         quality = [f"{run['test_loss']:.3f}", *(f"{run[score]:.1f}" for score in scores)]
         table.append([run["method"], *sizes, f"{run['seconds']:.0f}", *quality])
     print(f"\n{format_table(header, table)}\n")
+    methods = settings.methods()
+    best = f"{settings.output}/{methods[0] if len(methods) == 1 else '*'}/best"
+    write_results(settings, runs, curves, title=title, unit=unit, more=f"; weights are in {best}")
 
+
+def write_results(
+    settings: Any,
+    runs: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, Curve],
+    *,
+    title: str,
+    unit: str,
+    more: str = "",
+) -> None:
+    """Write and print what `conclude` says, without its table; `more` is for people."""
     settings.output.mkdir(parents=True, exist_ok=True)
     plot_curves(curves, settings.output / "loss.png", unit, title)
     results = {"settings": as_json(settings), "runs": list(runs)}
-    (settings.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"wrote {settings.output}/loss.png and results.json; weights are in {best_of(settings)}")
+    write_json(settings.output / "results.json", results)
+    print(f"wrote {settings.output}/loss.png and results.json{more}")
     print(json.dumps(results))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    aside.replace(path)
+
+
+def print_sample(source: str, written: Mapping[str, str]) -> None:
+    """Show what each of several has written about a source."""
+    print(f"\n{source}")
+    for name, text in written.items():
+        print(f"  {name:9} {text}")
 
 
 def as_json(settings: Any) -> dict[str, Any]:
     """The fields of a settings object, as JSON can hold them."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
-
-
-def best_of(settings: Training) -> str:
-    """Where the weights of all methods are, for people."""
-    methods = settings.methods()
-    return f"{settings.output}/{methods[0] if len(methods) == 1 else '*'}/best"
 
 
 def tree_bytes(tree: Any) -> int:

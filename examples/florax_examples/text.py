@@ -11,7 +11,8 @@ from jax import Array
 from tqdm import tqdm
 
 from florax_examples import batches
-from florax_examples.models.generation import beam_search, greedy
+from florax_examples.datasets import DataError
+from florax_examples.models import generation
 from florax_examples.tokenization import Tokenizer
 
 
@@ -25,25 +26,21 @@ def pad_left(rows: list[list[int]], length: int, value: int) -> np.ndarray:
     return np.array([[value] * (length - len(row)) + row for row in rows], np.int32)
 
 
+def check_room(config: Any, **lengths: int) -> None:
+    """Refuse rows of more tokens, all `lengths` together, than a decoder has positions for."""
+    most = getattr(config, config.length_setting)
+    if sum(lengths.values()) > most:
+        named = " and ".join(f"{name}={length}" for name, length in lengths.items())
+        raise DataError(f"{config.length_setting}={most} of the model has no room for {named}")
+
+
 def write_after(
     model: Any, ids: Array, mask: Array, new_tokens: int, beams: int, eos: int, pad: int
 ) -> Array:
     """What a decoder-only model writes after each prompt; (B, new_tokens)."""
     cache = model.init_cache(len(ids), ids.shape[1] + new_tokens)
-    if beams == 1:
-        return greedy(model, cache, ids, mask, new_tokens, eos, pad)
-    found = beam_search(
-        model,
-        cache,
-        ids,
-        mask,
-        new_tokens,
-        eos,
-        pad,
-        beams=beams,
-        batch_axis=model.cache_batch_axis,
-    )
-    return found[0][:, 0]
+    search = {"beams": beams, "batch_axis": model.cache_batch_axis}
+    return generation.write(model, cache, ids, mask, new_tokens, eos, pad, **search)
 
 
 def generate(

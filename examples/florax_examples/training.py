@@ -1,6 +1,5 @@
 """The training loop of all scripts: one method, one model, from the data to the best weights."""
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -13,18 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-import florax
 from florax_examples import batches, optimizers
 from florax_examples.models import checkpoints, lora
-from florax_examples.report import Curve, as_json, human, peak_memory, tree_bytes
+from florax_examples.report import Curve, as_json, human, peak_memory, tree_bytes, write_json
 from florax_examples.resume import Checkpoints, Interruption
-from florax_examples.settings import Training
+from florax_examples.settings import Training, spread
 
 LOG_EVERY = 10  # steps; to read a loss is to wait for it
 
@@ -48,6 +45,35 @@ class Trained(NamedTuple):
     best: Path  # a Hugging Face folder with the weights of the lowest validation loss
 
 
+class Comparison(NamedTuple):
+    """What became of every method."""
+
+    runs: list[dict[str, Any]]  # figures and scores of each
+    curves: dict[str, Curve]  # by method, as is what follows
+    outputs: dict[str, Any]
+
+
+def compare(
+    settings: Training,
+    task: Task,
+    new_model: Callable[[], nnx.Module],
+    evaluate: Callable[[nnx.Module], tuple[dict[str, float], Any]],
+) -> Comparison:
+    """Train by every method that the settings ask for, each from the same weights.
+
+    `evaluate` gives scores of a model and its outputs, which are taken with the best weights.
+    """
+    comparison = Comparison([], {}, {})
+    for method in settings.methods():
+        model = new_model()
+        trained = train(settings, method, model, task)
+        best = checkpoints.load(trained.best, type(model), stacked=settings.scan)
+        scores, comparison.outputs[method] = evaluate(best)
+        comparison.curves[method] = trained.curve
+        comparison.runs.append(trained.figures | scores)
+    return comparison
+
+
 def train(settings: Training, method: str, model: nnx.Module, task: Task) -> Trained:
     """Train `model` by `method`; afterwards it is spent, and the best weights are on disk.
 
@@ -55,114 +81,26 @@ def train(settings: Training, method: str, model: nnx.Module, task: Task) -> Tra
     TensorBoard logs, the last checkpoint of a run that was interrupted, and the figures of one that
     ended. With `settings.resume` a run goes on from there, to the bits of one that never stopped.
     """
-    s = settings
-    folder = s.output / method
+    folder = settings.output / method
     saved = Checkpoints(folder / "checkpoint")
-    _check_earlier_run(s, folder, saved, task)
-    if s.resume and not saved.exists() and (folder / "results.json").is_file():
+    _check_earlier_run(settings, folder, saved, task)
+    if settings.resume and not saved.exists() and (folder / "results.json").is_file():
         results = json.loads((folder / "results.json").read_text())
         return Trained(results["figures"], Curve(**results["curve"]), folder / "best")
-
-    if s.micro_batch > (examples := batches.count(task.train)):
-        sys.exit(f"error: micro_batch={s.micro_batch} is more than the {examples:,} examples")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"error: output={s.output} cannot be a folder: {error.strerror}")
-    checkpoints.check_replaceable(folder / "best", task.files)
-    run = _Run(s, method, model, task)
-    start = time.perf_counter()
-    compiled = run.compile()
-    compile_seconds = time.perf_counter() - start
-
-    done, best, seconds, curve = 0, float("inf"), 0.0, Curve([], [])
-    if s.resume and saved.exists():
-        notes = saved.notes()
-        run.params, run.state = saved.restore((run.params, run.state))
-        done, best, seconds = notes["done"], notes["best"], notes["seconds"]
-        curve = Curve(**notes["curve"])
+    _check_inputs_and_outputs(settings, folder, task)
+    run = _Run(settings, method, model, task)
+    loop = _Loop(settings, run, task, folder, saved)
+    if settings.resume and saved.exists():
+        loop.restore()
     else:  # the weights of a run before this one stay until there are better ones
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "results.json").unlink(missing_ok=True)
-
-    def save_checkpoint() -> None:
-        notes = {
-            "settings": as_json(s),
-            "examples": batches.count(task.train),
-            "done": done,
-            "best": best,
-            "seconds": seconds,
-            "curve": curve._asdict(),
-        }
-        saved.save(done, (run.params, run.state), notes)
-
-    total = s.updates * s.accumulate
-    evaluations = {round(s.updates * i / s.evaluations) for i in range(1, s.evaluations + 1)}
-    order = batches.Shuffled(task.train, s.micro_batch, s.seed)
-    losses: list[Array] = []
-    bar = tqdm(total=total, initial=done, desc=method, unit=" micro-batches")
-    with Interruption() as interruption, SummaryWriter(str(folder / "tensorboard")) as log, bar:
-        start = time.perf_counter()
-        while done < total:
-            batch = order.stacked(done, run.at_once) if run.whole_update else order[done]
-            loss, run.params, run.state = compiled(run.params, run.state, run.frozen, batch)
-            losses.append(loss)
-            done += run.at_once
-
-            update, left = divmod(done, s.accumulate)
-            evaluate = not left and update in evaluations
-            interrupted = interruption.asked
-            save = interrupted or (s.save_every and done % s.save_every < run.at_once)
-            if evaluate or save or done % (LOG_EVERY * run.at_once) == 0:
-                mean_loss = float(np.mean(jax.device_get(losses)))
-                losses = []
-                now = time.perf_counter()
-                seconds, start = seconds + now - start, now
-                rate = done * s.micro_batch * task.units / seconds
-                curve.train.append((done * s.micro_batch, mean_loss))
-                log.add_scalar("train/loss", mean_loss, done)
-                log.add_scalar(f"train/{task.unit}_per_second", rate, done)
-                log.add_scalar("memory/bytes", peak_memory(), done)
-                bar.update(done - bar.n)
-                bar.set_postfix_str(
-                    f"loss {mean_loss:.3f}, {rate:,.0f} {task.unit}/s, {human(peak_memory())}"
-                )
-            if evaluate:
-                heldout = heldout_loss(task.losses, run.model(), task.validation, s.heldout_batch)
-                curve.heldout.append((done * s.micro_batch, heldout))
-                log.add_scalar("validation/loss", heldout, done)
-                if heldout < best:
-                    best = heldout
-                    checkpoints.save(run.plain_model(), folder / "best", task.files)
-                start = time.perf_counter()
-            if save:
-                save_checkpoint()
-                if interrupted and done < total:
-                    bar.close()
-                    sys.exit(f"interrupted at update {update}: add --resume to go on from there")
-                start = time.perf_counter()
-
-    if not curve.heldout or best == float("inf"):
-        sys.exit(f"{method} diverged: its validation loss was never a finite number")
-    figures = {
-        **run.figures(),
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "peak_bytes": peak_memory(),
-        "compile_seconds": round(compile_seconds, 1),
-        "seconds": round(seconds, 1),
-        "micro_batch_ms": round(1e3 * seconds / total, 2),
-        f"{task.unit}_per_second": round(total * s.micro_batch * task.units / seconds),
-        "validation_loss": best,
-        "last_validation_loss": curve.heldout[-1][1],
-    }
-    results = {"settings": as_json(s), "figures": figures, "curve": curve._asdict()}
-    _write(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    saved.remove()
-    return Trained(figures, curve, folder / "best")
+    loop.run_to_the_end()
+    return loop.finish()
 
 
 class _Run:
-    """The model in its parts, and the steps that one method makes with it."""
+    """The model in its parts, and the step that one method makes with it."""
 
     def __init__(self, settings: Training, method: str, model: nnx.Module, task: Task):
         s = self.settings = settings
@@ -172,66 +110,52 @@ class _Run:
                 lora.add(model, s.rank, rngs=nnx.Rngs(s.seed))
             except ValueError as mistake:
                 sys.exit(f"error: {mistake}")
-            trained = lora.trained(freeze_a=s.freeze_a)
-        else:
-            trained = ...
         if s.scan:
             model.stack()
-        self.graphdef, self.params, self.frozen = _split(model, trained)
-        peak = s.learning_rate or task.learning_rates[method]
-        self.tx = optimizers.make(s, method, peak)
-        if method == "flora":
-            # By layers the optimizer is given them singly, and never the stacks of `params`.
-            whole = dataclasses.replace(s, layerwise=False)
-            self._check_rank(optimizers.make(whole, method, peak))
-        accumulates = method == "flora" and s.accumulate > 1
-        # Gradients that are born as sketches are summed as such: then a step is a whole update.
-        self.whole_update = accumulates and s.gradients == "sketched"
+        trained = lora.trained(freeze_a=s.freeze_a) if method == "lora" else nnx.Param
+        self.graphdef, self.params, self.frozen = nnx.split(model, trained, ...)
+        if method == "flora" and not optimizers.compresses_anything(s, self.params):
+            sys.exit(f"error: rank={s.rank} compresses nothing of this model: lower it")
+
+        self.tx = optimizers.make(s, method, s.learning_rate or task.learning_rates[method])
+        self.whole_update = optimizers.is_whole_update(s, method)
         self.at_once = s.accumulate if self.whole_update else 1  # micro-batches a step
-        self.state: Any = None
+        self.order = batches.Shuffled(task.train, s.micro_batch, s.seed)
+        self._compile()
 
-    def _check_rank(self, tx: optax.GradientTransformation) -> None:
-        """Refuse a rank at which FLORA would be the naive method."""
-        report = florax.state_report(tx, self.params)
-        if report.rows and not any(row.rank for row in report.rows):
-            sys.exit(f"error: rank={self.settings.rank} compresses nothing of this model: lower it")
+    def batch(self, done: int) -> Any:
+        """What the step after `done` micro-batches learns from."""
+        return self.order.stacked(done, self.at_once) if self.whole_update else self.order[done]
 
-    def loss(self, params: nnx.State, frozen: nnx.State, batch: Any) -> Array:
-        losses, counts = self.task.losses(nnx.merge(self.graphdef, params, frozen), batch)
-        return losses.sum() / counts.sum()
-
-    def compile(self) -> Any:
-        """Make the optimizer's state, and the step `(params, state, frozen, batch)` ahead of it."""
-        s = self.settings
-
-        def step(params: nnx.State, state: Any, frozen: nnx.State, batch: Any) -> Any:
-            def loss_fn(params: nnx.State, batch: Any) -> Array:
-                return self.loss(params, frozen, batch)
-
-            if s.layerwise:
-                return florax.layerwise_value_and_update(loss_fn, self.tx)[1](params, state, batch)
-            if self.whole_update:
-                return florax.value_and_update(loss_fn, self.tx)(params, state, batch)
-            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-            updates, state = self.tx.update(grads, state, params)
-            return loss, optax.apply_updates(params, updates), state
+    def _compile(self) -> None:
+        """Make the optimizer's state, and ahead of training the step."""
+        start = time.perf_counter()
 
         def init(params: nnx.State, frozen: nnx.State, batch: Any) -> Any:
-            if s.layerwise:
-                loss_fn = functools.partial(self._loss_without, frozen)
-                return florax.layerwise_value_and_update(loss_fn, self.tx)[0](params, batch)
-            return self.tx.init(params)
+            return optimizers.init(self.settings, self.tx, self._loss(frozen), params, batch)
 
-        order = batches.Shuffled(self.task.train, s.micro_batch, s.seed)
-        batch = order.stacked(0, self.at_once) if self.whole_update else order[0]
+        def step(params: nnx.State, state: Any, frozen: nnx.State, batch: Any) -> Any:
+            own = optimizers.step(self.settings, self.method, self.tx, self._loss(frozen))
+            return own(params, state, batch)
+
+        batch = self.batch(0)
         self.state = jax.jit(init)(self.params, self.frozen, batch)
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
-            self.params, self.state, self.frozen, batch
-        )
-        return lowered.compile()
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        self.compiled = jitted.lower(self.params, self.state, self.frozen, batch).compile()
+        self.compile_seconds = time.perf_counter() - start
 
-    def _loss_without(self, frozen: nnx.State, params: nnx.State, batch: Any) -> Array:
-        return self.loss(params, frozen, batch)
+    def _loss(self, frozen: nnx.State) -> Callable[[nnx.State, Any], Array]:
+        def loss(params: nnx.State, batch: Any) -> Array:
+            losses, counts = self.task.losses(nnx.merge(self.graphdef, params, frozen), batch)
+            return losses.sum() / counts.sum()
+
+        return loss
+
+    def step(self, done: int) -> Array:
+        """Learn from the next micro-batches; their loss."""
+        arguments = self.params, self.state, self.frozen, self.batch(done)
+        loss, self.params, self.state = self.compiled(*arguments)
+        return loss
 
     def model(self) -> nnx.Module:
         """The model as it is now. The next step takes its arrays."""
@@ -243,20 +167,123 @@ class _Run:
 
     def figures(self) -> dict[str, Any]:
         sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (self.params, self.frozen)]
-        accumulator = 0
-        inner = self.state
-        if isinstance(inner, optax.MultiStepsState):
-            accumulator, inner = tree_bytes(inner.acc_grads), inner.inner_opt_state
-        elif isinstance(inner, florax.FloraAccumulateState):
-            accumulator, inner = tree_bytes(inner.sketch), inner.inner_opt_state
+        accumulator, others = optimizers.accumulator(self.state)
         return {
             "method": self.method,
             "parameters": sum(sizes),
             "trained_parameters": sizes[0],
             "parameter_bytes": tree_bytes((self.params, self.frozen)),
-            "optimizer_bytes": tree_bytes(inner),
-            "accumulator_bytes": accumulator,
+            "optimizer_bytes": tree_bytes(others),
+            "accumulator_bytes": tree_bytes(accumulator),
+            "temporary_bytes": self.compiled.memory_analysis().temp_size_in_bytes,
+            "peak_bytes": peak_memory(),
+            "compile_seconds": round(self.compile_seconds, 1),
         }
+
+
+class _Loop:
+    """The steps of a run, and what is written meanwhile: logs, checkpoints, the best weights."""
+
+    def __init__(self, s: Training, run: _Run, task: Task, folder: Path, saved: Checkpoints):
+        self.settings, self.run, self.task = s, run, task
+        self.folder, self.saved = folder, saved
+        self.total = s.updates * s.accumulate  # micro-batches
+        self.evaluations = spread(s.evaluations, s.updates)  # after which updates
+
+        self.done = 0  # micro-batches
+        self.best = float("inf")  # validation loss
+        self.seconds = 0.0  # of training, without what is written and evaluated
+        self.curve = Curve([], [])
+        self.losses: list[Array] = []  # since the last log
+
+    def run_to_the_end(self) -> None:
+        board = SummaryWriter(str(self.folder / "tensorboard"))
+        name, unit = self.run.method, " micro-batches"
+        bar = tqdm(total=self.total, initial=self.done, desc=name, unit=unit)
+        with Interruption() as interruption, board as self.board, bar as self.bar:
+            self.start = time.perf_counter()
+            while self.done < self.total:
+                self.losses.append(self.run.step(self.done))
+                self.done += self.run.at_once
+                self.after_step(interruption.asked)
+
+    def after_step(self, interrupted: bool) -> None:
+        at_once = self.run.at_once
+        update, left = divmod(self.done, self.settings.accumulate)
+        evaluate = not left and update in self.evaluations
+        every = self.settings.save_every
+        save = interrupted or (every and self.done % every < at_once)
+        if evaluate or save or self.done % (LOG_EVERY * at_once) == 0:
+            self.log()
+        if evaluate:
+            self.evaluate()
+        if save:
+            self.save()
+        if interrupted and self.done < self.total:
+            sys.exit(f"interrupted at update {update}: add --resume to go on from there")
+        if evaluate or save:
+            self.start = time.perf_counter()
+
+    def log(self) -> None:
+        mean_loss = float(np.mean(jax.device_get(self.losses)))
+        self.losses = []
+        now = time.perf_counter()
+        self.seconds, self.start = self.seconds + now - self.start, now
+        examples, unit = self.done * self.settings.micro_batch, self.task.unit
+        rate, memory = examples * self.task.units / self.seconds, peak_memory()
+        self.curve.train.append((examples, mean_loss))
+        self.board.add_scalar("train/loss", mean_loss, self.done)
+        self.board.add_scalar(f"train/{unit}_per_second", rate, self.done)
+        self.board.add_scalar("memory/bytes", memory, self.done)
+        self.bar.update(self.done - self.bar.n)
+        self.bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:,.0f} {unit}/s, {human(memory)}")
+
+    def evaluate(self) -> None:
+        """Take the validation loss, and keep the weights if they are the best so far."""
+        data, size = self.task.validation, self.settings.heldout_batch
+        heldout = heldout_loss(self.task.losses, self.run.model(), data, size)
+        self.curve.heldout.append((self.done * self.settings.micro_batch, heldout))
+        self.board.add_scalar("validation/loss", heldout, self.done)
+        if heldout < self.best:
+            self.best = heldout
+            checkpoints.save(self.run.plain_model(), self.folder / "best", self.task.files)
+
+    def save(self) -> None:
+        notes = {
+            "settings": as_json(self.settings),
+            "examples": batches.count(self.task.train),
+            "done": self.done,
+            "best": self.best,
+            "seconds": self.seconds,
+            "curve": self.curve._asdict(),
+        }
+        self.saved.save(self.done, (self.run.params, self.run.state), notes)
+
+    def restore(self) -> None:
+        """Go on from what `save` kept."""
+        notes = self.saved.notes()
+        self.run.params, self.run.state = self.saved.restore((self.run.params, self.run.state))
+        self.done, self.best, self.seconds = notes["done"], notes["best"], notes["seconds"]
+        self.curve = Curve(**notes["curve"])
+
+    def finish(self) -> Trained:
+        """Write what came of the run, in the place of its checkpoint."""
+        if self.best == float("inf"):
+            sys.exit(f"{self.run.method} diverged: its validation loss was never a finite number")
+        units = self.total * self.settings.micro_batch * self.task.units
+        figures = {
+            **self.run.figures(),
+            "seconds": round(self.seconds, 1),
+            "micro_batch_ms": round(1e3 * self.seconds / self.total, 2),
+            f"{self.task.unit}_per_second": round(units / self.seconds),
+            "validation_loss": self.best,
+            "last_validation_loss": self.curve.heldout[-1][1],
+        }
+        settings, curve = as_json(self.settings), self.curve._asdict()
+        results = {"settings": settings, "figures": figures, "curve": curve}
+        write_json(self.folder / "results.json", results)
+        self.saved.remove()
+        return Trained(figures, self.curve, self.folder / "best")
 
 
 def heldout_loss(losses: Callable[..., Any], model: nnx.Module, data: Any, batch: int) -> float:
@@ -274,11 +301,17 @@ def _sums(losses: Any, graphdef: Any, params: Any, rows: Any, real: Array) -> tu
     return jnp.where(counts, own, 0.0).sum(), counts.sum()
 
 
-def _split(model: nnx.Module, trained: Any) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    if trained is ...:
-        graphdef, params = nnx.split(model)
-        return graphdef, params, nnx.State({})
-    return nnx.split(model, trained, ...)
+# Before a run.
+
+
+def _check_inputs_and_outputs(s: Training, folder: Path, task: Task) -> None:
+    if s.micro_batch > (examples := batches.count(task.train)):
+        sys.exit(f"error: micro_batch={s.micro_batch} is more than the {examples:,} examples")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: output={s.output} cannot be a folder: {error.strerror}")
+    checkpoints.check_replaceable(folder / "best", task.files)
 
 
 def _check_earlier_run(s: Training, folder: Path, saved: Checkpoints, task: Task) -> None:
@@ -309,10 +342,3 @@ def _check_earlier_run(s: Training, folder: Path, saved: Checkpoints, task: Task
                 f"{folder} was trained with {name}={earlier[name]}, got {name}={value}: resume "
                 "with the same settings"
             )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text)
-    aside.replace(path)

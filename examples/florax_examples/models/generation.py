@@ -59,6 +59,27 @@ def greedy(
     return jax.lax.while_loop(keep_going, extend, start)[2]
 
 
+def write(
+    decode: Decode,
+    cache: Any,
+    prompt: Array,
+    mask: Array,
+    new_tokens: int,
+    eos: Tokens,
+    pad: int,
+    *,
+    beams: int,
+    batch_axis: Any,
+    length_penalty: float = 1.0,
+) -> Array:
+    """The best that `beam_search` finds, or `greedy` with one beam; (B, new_tokens), int32."""
+    arguments = decode, cache, prompt, mask, new_tokens, eos, pad
+    if beams == 1:
+        return greedy(*arguments)
+    options = {"beams": beams, "batch_axis": batch_axis, "length_penalty": length_penalty}
+    return beam_search(*arguments, **options)[0][:, 0]
+
+
 class _Beams(NamedTuple):
     """Of each row K continuations that go on and K that are done, both best first."""
 

@@ -1,0 +1,99 @@
+"""The tables of what was measured, in Markdown, a function a benchmark."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+Row: TypeAlias = dict[str, Any]  # of the results
+
+
+def memory(rows: list[Row]) -> str:
+    """In MiB; compile time also against that of `full`."""
+    rows, failures = _split(rows)
+    full = [r["compile_seconds"] for r in rows if r["settings"]["method"] == "full"]
+    cells = []
+    for r in rows:
+        sizes = [r["state_bytes"], r["temporary_bytes"], beyond(r), r["peak_bytes"]]
+        seconds = r["compile_seconds"]
+        times = [f"{seconds:.1f}", f"{seconds / full[0]:.2f}" if full else "-"]
+        sizes = map(mebibytes, [*sizes, r.get("device_peak_bytes")])
+        cells.append([r["settings"]["method"], *sizes, *times])
+    header = ["method", "state", "temporaries", "beyond", "peak", "device peak"]
+    return failures + table([*header, "compile s", "÷ full"], cells)
+
+
+def beyond(row: Row) -> int:
+    """What the peak adds to the parameters and to Adafactor's state."""
+    return row["peak_bytes"] - row["params_bytes"] - row["adafactor_bytes"]
+
+
+def times(rows: list[Row]) -> str:
+    """Of `timing.take_turns`."""
+    cells = [
+        [name, f"{ms:.2f}", f"{row['ratio'][name]:.3f}"]
+        for row in rows
+        for name, ms in row["milliseconds"].items()
+    ]
+    return table(["method", "ms", f"÷ {rows[0]['against']}"], cells)
+
+
+def allreduce(rows: list[Row]) -> str:
+    cells = []
+    for r in rows:
+        dense, sketched = r["dense_bytes"], r["sketched_bytes"]
+        sizes = [f"{x / 2**20:,.2f}" for x in (dense, sketched)]
+        ratios = [f"{sketched / dense:.4f}", f"{r['rank_over_side']:.4f}"]
+        cells.append([r["settings"]["model"], str(r["settings"]["rank"]), *sizes, *ratios])
+    header = ["gradients of", "rank", "dense MiB", "sketched MiB", "ratio", "r / min(n, m)"]
+    return table(header, cells)
+
+
+def peers(rows: list[Row]) -> str:
+    rows, failures = _split(rows)
+    cells = [
+        [
+            r["settings"]["method"],
+            mebibytes(r["device_peak_bytes"]),
+            f"{r['micro_step_ms']:.1f}",
+            f"{r['first_update_seconds']:.1f}",
+        ]
+        for r in rows
+    ]
+    header = ["PyTorch", "peak MiB", "micro-step ms", "first update s"]
+    return failures + table(header, cells)
+
+
+def host_time(rows: list[Row]) -> str:
+    cells = [[name, f"{ms:.1f}"] for r in rows for name, ms in r["milliseconds"].items()]
+    return table(["on the host", "ms of the processor"], cells)
+
+
+OF = {
+    "memory": memory,
+    "speed": times,
+    "momentum": times,
+    "main_job": times,
+    "allreduce": allreduce,
+    "peers": peers,
+    "host_time": host_time,
+}
+
+
+def _split(rows: list[Row]) -> tuple[list[Row], str]:
+    """The rows of what could be measured, and lines that say why others could not."""
+    failures = [f"{r['settings']['method']}: {r['error']}\n" for r in rows if "error" in r]
+    return [r for r in rows if "error" not in r], "".join(failures)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
+    lines = []
+    for first, *rest in [header, rule, *rows]:
+        right = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("| " + " | ".join([first.ljust(widths[0]), *right]) + " |")
+    return "\n".join(lines)
+
+
+def mebibytes(size: float | None) -> str:
+    return "-" if size is None else f"{size / 2**20:,.0f}"
