@@ -28,7 +28,7 @@ DEVICES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    model: models.Name = "gpt2"  # whose gradients
+    model: models.ModelName = "gpt2"  # whose gradients
     rank: int = 256  # of the sketches
     results: Path = results.FOLDER  # folder for the JSON
 

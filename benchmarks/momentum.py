@@ -22,7 +22,7 @@ from florax_benchmarks import models, results, tables, timing
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    model: models.Name = "gpt2"  # whose shapes the matrices have
+    model: models.ModelName = "gpt2"  # whose shapes the matrices have
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrices
     rank: int = 256  # of the sketches
     rounds: int = 10  # timed updates of each, after one that is not

@@ -1,6 +1,8 @@
 """The tables of what was measured, as Markdown, from the JSON in the results folder.
 
-python benchmarks/report.py
+    python benchmarks/report.py
+
+A table a benchmark and workload, with the command of its last row; at the end a summary of all.
 """
 
 import dataclasses

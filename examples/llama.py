@@ -55,15 +55,15 @@ PROMPT = 12  # words of a held-out text that are one
 
 @dataclasses.dataclass(frozen=True)
 class Settings(settings.Training):
-    data: str = str(datasets.FOLDER / "tinystories")  # folder with texts or pairs, or a hub's set
+    data: str = str(datasets.FOLDER / "tinystories")  # folder with texts or pairs, or c4 of the hub
     output: Path = Path("runs/llama")  # folder for results.json, loss.png, weights and logs
-    texts: int | None = None  # or pairs of the train split, the first ones; None: all
-    heldout_texts: int | None = 500  # the same of validation and of test
+    texts: int | None = None  # to train on, or pairs, the first of the data; None: all
+    heldout_texts: int | None = 500  # the same of validation, and of test
     length: int = 128  # tokens of a row
-    new_tokens: int = 48  # of what is written after a prompt; of a row of a pair the target's part
+    new_tokens: int = 48  # to write after a prompt, at most; of a pair's row, the target's tokens
     template: str = "{source}\n\nTL;DR:"  # of a pair's prompt, with {source} in it
 
-    updates: int = 800  # of the optimizer; of the default data, EPOCHS
+    updates: int = 800  # of the optimizer; of the default data, 1.9 epochs
     micro_batch: int = 4  # rows of a micro-batch, whose activations exist at once
     accumulate: int = 4  # micro-batches an update
     rank: int = 32  # of the sketches or adapters; 32 is a quarter of the tiny model's width

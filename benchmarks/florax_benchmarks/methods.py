@@ -34,7 +34,7 @@ METHODS = (
     "layerwise-accumulate",
     "galore",
 )
-Name: TypeAlias = Literal[METHODS]
+MethodName: TypeAlias = Literal[METHODS]
 LEARNING_RATE = 1e-4
 
 

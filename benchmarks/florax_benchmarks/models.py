@@ -43,7 +43,7 @@ SHAPES = {
     "t5-small": Shape("t5", 6, 512, 8, 64, 2048, 32128),
     "t5-3b": Shape("t5", 24, 1024, 32, 128, 16384, 32128),
 }
-Name: TypeAlias = Literal[tuple(SHAPES)]
+ModelName: TypeAlias = Literal[tuple(SHAPES)]
 STACKS = ("blocks", "encoder", "decoder")
 
 

@@ -10,13 +10,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from florax_benchmarks import methods, models, results
+from florax_benchmarks import models, results
+from florax_benchmarks.methods import Method, MethodName, make, stacked_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    model: models.Name = "gpt2"  # whose shape to train
-    methods: tuple[methods.Name, ...] = ("none", "full", "sketched")  # to compare
+    model: models.ModelName = "gpt2"  # whose shape to train
+    methods: tuple[MethodName, ...] = ("none", "full", "sketched")  # to compare
     dtype: Literal["float32", "bfloat16"] = "float32"  # of parameters and activations
     batch: int = 1  # rows of a micro-batch
     length: int = 512  # tokens of a row; of T5's target
@@ -70,7 +71,7 @@ def measure_each(
 class Compiled(NamedTuple):
     """A compiled method; `params`, `state` and `batches` are shapes."""
 
-    method: methods.Method
+    method: Method
     step: jax.stages.Compiled
     params: Any
     state: Any
@@ -83,9 +84,9 @@ def compile_method(workload: Workload, name: str) -> Compiled:
     params = models.parameter_shapes(w.shape, jnp.dtype(w.dtype))
     loss_fn = functools.partial(models.loss, w.shape)
     start = time.perf_counter()
-    method = methods.make(name, loss_fn, w.accumulate, w.rank, w.side, batch)
+    method = make(name, loss_fn, w.accumulate, w.rank, w.side, batch)
     state = jax.eval_shape(method.init, params)
-    batches = methods.stacked_shapes(batch, method.micro_batches)
+    batches = stacked_shapes(batch, method.micro_batches)
     step = jax.jit(method.step, donate_argnums=(0, 1)).lower(params, state, batches).compile()
     return Compiled(method, step, params, state, batches, time.perf_counter() - start)
 

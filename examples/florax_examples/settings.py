@@ -39,9 +39,8 @@ class Training:
 
     # The optimizer.
 
-    optimizer: Literal["adafactor", "adafactor-unfactored", "adamw"] = (
-        "adafactor"  # to which a method adds its buffers
-    )
+    # of every method, which adds their momentum and accumulator to it
+    optimizer: Literal["adafactor", "adafactor-unfactored", "adamw"] = "adafactor"
     updates: int = 1000  # of the optimizer; none makes as many of every micro-batch
     micro_batch: int = 16  # examples of a micro-batch, whose activations exist at once
     accumulate: int = 1  # micro-batches an update
