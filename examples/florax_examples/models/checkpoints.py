@@ -19,7 +19,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import EllipsisType, MappingProxyType
 from typing import Any, NamedTuple
@@ -141,29 +141,17 @@ def load(
                 model.stack()
             return model
 
-        def draw() -> dict[str, Array]:
-            params = _params(build())
-            named = {model_class.tensor_name(path): param[...] for path, param in params.items()}
-            return {name: array for name, array in named.items() if _matches(fresh, name)}
-
         model = nnx.eval_shape(build_in_form)
         places = _places(model)
-        drawn = jax.jit(draw)() if fresh else {}  # XLA leaves out what is not asked for
+        drawn = _draw(build, fresh) if fresh else {}
         _check(folder, {name: place for name, place in places.items() if name not in drawn}, found)
 
-        by_path: dict[tuple, list[str]] = {}
-        for name, place in places.items():
-            by_path.setdefault(place.path, []).append(name)
-        values = {}
-        for path, param in _params(model).items():
-            host = np.empty(param.shape, param.dtype)
-            for name in by_path[path]:
-                place = places[name]
-                if name in drawn:
-                    host[place.index] = drawn[name]
-                else:
-                    host[place.index] = found[name].read().transpose(place.axes)
-            values[path] = jnp.asarray(host)
+        def read(name: str) -> np.ndarray | Array:
+            if name in drawn:
+                return drawn[name]
+            return found[name].read().transpose(places[name].axes)
+
+        values = _gather(_params(model), places, read)
     nnx.update(model, nnx.from_flat_state(values))
     return model
 
@@ -191,7 +179,7 @@ def save(
     folder = Path(folder).resolve()
     params = _params(model)
     if any(isinstance(param, nnx.LoRAParam) for param in params.values()):
-        raise ValueError("a model with adapters has no checkpoint format: see lora.merge")
+        raise ValueError("a model with adapters has no checkpoint format: see models.lora.merge")
     check_replaceable(folder, files)
 
     dtypes = {str(param.dtype) for param in params.values()}
@@ -203,22 +191,11 @@ def save(
         "torch_dtype": dtype,  # its name in transformers 4
     }
     places = _places(model)
-
-    def tensor(name: str) -> np.ndarray:
-        array, place = params[places[name].path][...], places[name]
-        if place.index is not ...:
-            array = _layer(array, place.index)
-        # Safetensors writes a view's bytes in the order of what it is a view of.
-        return np.ascontiguousarray(np.asarray(array).transpose(np.argsort(place.axes)))
-
-    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
+    with _written_aside(folder) as aside:
         _write_json(aside / CONFIG, config)
         shards = _shards(places, max_shard_size)
         for file, names in shards.items():
-            tensors = {name: tensor(name) for name in names}
+            tensors = {name: _tensor(params, places[name]) for name in names}
             safetensors.numpy.save_file(tensors, aside / file, metadata={"format": "pt"})
             shutil.copymode(aside / CONFIG, aside / file)  # safetensors keeps it to its owner
         if len(shards) > 1:
@@ -231,6 +208,15 @@ def save(
         for name, content in files.items():
             (aside / name).write_bytes(content)
 
+
+@contextlib.contextmanager
+def _written_aside(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `folder` once it is complete."""
+    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)
@@ -302,6 +288,44 @@ def _places(model: Any) -> dict[str, _Place]:
             path = tuple(key for key in path if not isinstance(key, int))
         places[name] = _Place(path, index, axes, shape, np.dtype(param.dtype))
     return places
+
+
+def _draw(build: Callable[[], Any], fresh: Collection[str]) -> dict[str, Array]:
+    """New values of the tensors that `fresh` matches, by their names."""
+
+    def draw() -> dict[str, Array]:
+        model = build()
+        named = {model.tensor_name(path): param[...] for path, param in _params(model).items()}
+        return {name: array for name, array in named.items() if _matches(fresh, name)}
+
+    return jax.jit(draw)()  # XLA leaves out what is not asked for
+
+
+def _gather(
+    params: Mapping[tuple, nnx.Variable],
+    places: Mapping[str, _Place],
+    read: Callable[[str], np.ndarray | Array],
+) -> dict[tuple, Array]:
+    """The parameters' values, each made on the host of all its tensors."""
+    names: dict[tuple, list[str]] = {}
+    for name, place in places.items():
+        names.setdefault(place.path, []).append(name)
+    values = {}
+    for path, param in params.items():
+        host = np.empty(param.shape, param.dtype)
+        for name in names[path]:
+            host[places[name].index] = read(name)
+        values[path] = jnp.asarray(host)
+    return values
+
+
+def _tensor(params: Mapping[tuple, nnx.Variable], place: _Place) -> np.ndarray:
+    """What a checkpoint has of the parameters at a place."""
+    array = params[place.path][...]
+    if place.index is not ...:
+        array = _layer(array, place.index)
+    # Safetensors writes a view's bytes in the order of what it is a view of.
+    return np.ascontiguousarray(np.asarray(array).transpose(np.argsort(place.axes)))
 
 
 def _layer_of(path: tuple) -> int | None:

@@ -59,21 +59,11 @@ def greedy(
     return jax.lax.while_loop(keep_going, extend, start)[2]
 
 
-def write(
-    decode: Decode,
-    cache: Any,
-    prompt: Array,
-    mask: Array,
-    new_tokens: int,
-    eos: Tokens,
-    pad: int,
-    *,
-    beams: int,
-    batch_axis: Any,
-    length_penalty: float = 1.0,
-) -> Array:
-    """The best that `beam_search` finds, or `greedy` with one beam; (B, new_tokens), int32."""
-    arguments = decode, cache, prompt, mask, new_tokens, eos, pad
+def write(*arguments: Any, beams: int, batch_axis: Any, length_penalty: float = 1.0) -> Array:
+    """The best that `beam_search` finds, or with one beam what `greedy` does: (B, new_tokens).
+
+    The `arguments` are what both have, in their order.
+    """
     if beams == 1:
         return greedy(*arguments)
     options = {"beams": beams, "batch_axis": batch_axis, "length_penalty": length_penalty}
@@ -90,6 +80,50 @@ class _Beams(NamedTuple):
     done_tokens: Array  # (B, K, new_tokens), int32
     done_scores: Array  # (B, K); with the length penalty; -inf where nothing is done yet
     improves: Array  # (B,), bool; whether what goes on might still beat what is done
+
+
+class _Search(NamedTuple):
+    """The rules of `beam_search`."""
+
+    new_tokens: int
+    eos: Array
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+
+    def is_open(self, state: _Beams) -> Array:
+        """Which rows go on, (B,)."""
+        if self.early_stopping is True:
+            return state.improves & jnp.isneginf(state.done_scores).any(axis=1)
+        return state.improves
+
+    def normalized(self, scores: Array, length: Array | int) -> Array:
+        return scores / jnp.asarray(length, jnp.float32) ** self.length_penalty
+
+    def extend(self, state: _Beams, logits: Array) -> tuple[_Beams, Array]:
+        """The state with a token more, and which beams, (B, K), its beams were before."""
+        batch, beams, vocabulary = logits.shape
+        candidates = max(2, 1 + len(self.eos)) * beams  # if all that can end do, `beams` go on
+        count = state.count + 1
+        scores = state.scores[..., None] + jax.nn.log_softmax(logits.astype(jnp.float32))
+        scores, index = jax.lax.top_k(scores.reshape(batch, -1), candidates)
+        parents, token = index // vocabulary, index % vocabulary
+        tokens = _pick(state.tokens, parents).at[:, :, state.count].set(token)
+        ends = jnp.isin(token, self.eos) | (count == self.new_tokens)
+
+        may_be_done = ends & (jnp.arange(candidates) < beams) & self.is_open(state)[:, None]
+        new_scores = jnp.where(may_be_done, self.normalized(scores, count), -jnp.inf)
+        done_scores = jnp.concatenate([state.done_scores, new_scores], axis=1)
+        done_scores, best = jax.lax.top_k(done_scores, beams)
+        done_tokens = _pick(jnp.concatenate([state.done_tokens, tokens], axis=1), best)
+
+        scores, best = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), beams)
+        parents, token, tokens = (_pick(x, best) for x in (parents, token, tokens))
+        final = count
+        if self.early_stopping == "never":
+            final = jnp.where(jnp.asarray(self.length_penalty) > 0, self.new_tokens, count)
+        hoped_for = self.normalized(scores[:, 0], final)
+        improves = state.improves & (hoped_for > done_scores.min(axis=1))
+        return _Beams(count, token, tokens, scores, done_tokens, done_scores, improves), parents
 
 
 def beam_search(
@@ -144,54 +178,23 @@ def beam_search(
     if early_stopping not in (False, True, "never"):
         raise ValueError(f"early_stopping must be False, True or 'never', got {early_stopping!r}")
 
-    batch, eos = len(prompt), _as_array(eos)
-    candidates = max(2, 1 + len(eos)) * beams  # if all that can end do, `beams` are left to go on
+    batch = len(prompt)
+    search = _Search(new_tokens, _as_array(eos), length_penalty, early_stopping)
     cache, token, position = _read(decode, cache, prompt, mask)
     cache = _map_rows(lambda x, axis: jnp.repeat(x, beams, axis), batch_axis, cache)
     position = jnp.repeat(position, beams)
 
-    def normalized(scores, length):
-        return scores / jnp.asarray(length, jnp.float32) ** length_penalty
-
-    def is_open(state):
-        if early_stopping is True:
-            return state.improves & jnp.isneginf(state.done_scores).any(axis=1)
-        return state.improves
-
     def keep_going(carry):
         state, _ = carry
-        return (state.count < new_tokens) & is_open(state).any()
+        return (state.count < new_tokens) & search.is_open(state).any()
 
     def extend(carry):
         state, cache = carry
         positions = (position + state.count)[:, None]
         logits, cache = decode(state.token.reshape(-1, 1), positions=positions, cache=cache)
-        state, parents = choose(state, logits.reshape(batch, beams, -1))
+        state, parents = search.extend(state, logits.reshape(batch, beams, -1))
         rows = (jnp.arange(batch)[:, None] * beams + parents).ravel()
         return state, _map_rows(lambda x, axis: jnp.take(x, rows, axis), batch_axis, cache)
-
-    def choose(state, logits):
-        """The state with a token more, and which beams, (B, K), its beams were before."""
-        vocabulary, count = logits.shape[-1], state.count + 1
-        scores = state.scores[..., None] + jax.nn.log_softmax(logits.astype(jnp.float32))
-        scores, index = jax.lax.top_k(scores.reshape(batch, -1), candidates)
-        parents, token = index // vocabulary, index % vocabulary
-        tokens = _pick(state.tokens, parents).at[:, :, state.count].set(token)
-        ends = jnp.isin(token, eos) | (count == new_tokens)
-
-        may_be_done = ends & (jnp.arange(candidates) < beams) & is_open(state)[:, None]
-        new_scores = jnp.where(may_be_done, normalized(scores, count), -jnp.inf)
-        done_scores = jnp.concatenate([state.done_scores, new_scores], axis=1)
-        done_scores, best = jax.lax.top_k(done_scores, beams)
-        done_tokens = _pick(jnp.concatenate([state.done_tokens, tokens], axis=1), best)
-
-        scores, best = jax.lax.top_k(jnp.where(ends, -jnp.inf, scores), beams)
-        parents, token, tokens = (_pick(x, best) for x in (parents, token, tokens))
-        final = count
-        if early_stopping == "never":
-            final = jnp.where(jnp.asarray(length_penalty) > 0, new_tokens, count)
-        improves = state.improves & (normalized(scores[:, 0], final) > done_scores.min(axis=1))
-        return _Beams(count, token, tokens, scores, done_tokens, done_scores, improves), parents
 
     unwritten = jnp.full((batch, beams, new_tokens), pad, jnp.int32)
     unknown = jnp.full((batch, beams), -jnp.inf)

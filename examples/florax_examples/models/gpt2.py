@@ -81,11 +81,11 @@ PRESETS = {
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: GPT2Config, **options: Any):
         width = config.n_embd
         self.n_head = config.n_head
-        self.c_attn = _linear(config, width, 3 * width, rngs=rngs, **dtypes)
-        self.c_proj = _linear(config, width, width, residual=True, rngs=rngs, **dtypes)
+        self.c_attn = _linear(config, width, 3 * width, **options)
+        self.c_proj = _linear(config, width, width, residual=True, **options)
 
     def __call__(
         self, x: Array, attend: Array, slots: Array | None, cache: KeyValue | None
@@ -100,21 +100,21 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: GPT2Config, **options: Any):
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = _linear(config, config.n_embd, inner, rngs=rngs, **dtypes)
-        self.c_proj = _linear(config, inner, config.n_embd, residual=True, rngs=rngs, **dtypes)
+        self.c_fc = _linear(config, config.n_embd, inner, **options)
+        self.c_proj = _linear(config, inner, config.n_embd, residual=True, **options)
 
     def __call__(self, x: Array) -> Array:
         return self.c_proj(nnx.gelu(self.c_fc(x), approximate=True))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.ln_1 = _layer_norm(config, rngs=rngs, **dtypes)
-        self.attn = Attention(config, rngs=rngs, **dtypes)
-        self.ln_2 = _layer_norm(config, rngs=rngs, **dtypes)
-        self.mlp = FeedForward(config, rngs=rngs, **dtypes)
+    def __init__(self, config: GPT2Config, **options: Any):
+        self.ln_1 = _layer_norm(config, **options)
+        self.attn = Attention(config, **options)
+        self.ln_2 = _layer_norm(config, **options)
+        self.mlp = FeedForward(config, **options)
 
     def __call__(
         self, x: Array, attend: Array, slots: Array | None, cache: KeyValue | None
@@ -133,19 +133,17 @@ class GPT2(Decoder):
     base_prefix = "transformer."
     ignored_tensors = (r".*\.attn\.(masked_)?bias",)  # old files keep the causal mask
 
-    def __init__(
-        self, config: GPT2Config, *, rngs: nnx.Rngs, checkpoint: bool = False, **dtypes: Any
-    ):
+    def __init__(self, config: GPT2Config, *, checkpoint: bool = False, **options: Any):
         def embed(size: int) -> nnx.Embed:
             normal = nnx.initializers.normal(config.initializer_range)
-            return nnx.Embed(size, config.n_embd, embedding_init=normal, rngs=rngs, **dtypes)
+            return nnx.Embed(size, config.n_embd, embedding_init=normal, **options)
 
         self.config = config
         self.checkpoint = checkpoint
         self.wte = embed(config.vocab_size)
         self.wpe = embed(config.n_positions)
-        self.h = nnx.List([Block(config, rngs=rngs, **dtypes) for _ in range(config.n_layer)])
-        self.ln_f = _layer_norm(config, rngs=rngs, **dtypes)
+        self.h = nnx.List([Block(config, **options) for _ in range(config.n_layer)])
+        self.ln_f = _layer_norm(config, **options)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
                 config.n_embd,
@@ -153,8 +151,7 @@ class GPT2(Decoder):
                 use_bias=False,
                 kernel_init=nnx.initializers.normal(config.initializer_range),
                 preferred_element_type=jnp.float32,
-                rngs=rngs,
-                **dtypes,
+                **options,
             )
 
     @staticmethod
@@ -182,26 +179,13 @@ class GPT2(Decoder):
 
 
 def _linear(
-    config: GPT2Config,
-    inputs: int,
-    outputs: int,
-    *,
-    residual: bool = False,
-    rngs: nnx.Rngs,
-    **dtypes: Any,
+    config: GPT2Config, inputs: int, outputs: int, *, residual: bool = False, **options: Any
 ) -> nnx.Linear:
     # 2 * n_layer branches add to the residual stream; scaled so, its variance does not grow.
     scale = 1 / math.sqrt(2 * config.n_layer) if residual else 1
     init = nnx.initializers.normal(config.initializer_range * scale)
-    return nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs, **dtypes)
+    return nnx.Linear(inputs, outputs, kernel_init=init, **options)
 
 
-def _layer_norm(config: GPT2Config, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.LayerNorm:
-    # The fast variance, E[x²] - E[x]², cancels where the mean is large.
-    return nnx.LayerNorm(
-        config.n_embd,
-        epsilon=config.layer_norm_epsilon,
-        use_fast_variance=False,
-        rngs=rngs,
-        **dtypes,
-    )
+def _layer_norm(config: GPT2Config, **options: Any) -> nnx.LayerNorm:
+    return layers.layer_norm(config.n_embd, config.layer_norm_epsilon, **options)

@@ -88,3 +88,8 @@ def run(
 
 def _one(call: Call, graphdef: nnx.GraphDef, params: nnx.State, x: Array, given: Any) -> Any:
     return call(nnx.merge(graphdef, params), x, given)
+
+
+def layer_norm(width: int, epsilon: float, **options: Any) -> nnx.LayerNorm:
+    # The fast variance, E[x²] - E[x]², cancels where the mean is large.
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **options)

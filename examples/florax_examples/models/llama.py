@@ -162,13 +162,13 @@ PRESETS = {
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: LlamaConfig, **options: Any):
         self.head_size = config.head_size
         queries = config.num_attention_heads * config.head_size
         keys = config.key_value_heads * config.head_size
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return _linear(config, inputs, outputs, config.attention_bias, rngs=rngs, **dtypes)
+            return _linear(config, inputs, outputs, config.attention_bias, **options)
 
         self.q_proj = linear(config.hidden_size, queries)
         self.k_proj = linear(config.hidden_size, keys)
@@ -196,9 +196,9 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: LlamaConfig, **options: Any):
         def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return _linear(config, inputs, outputs, config.mlp_bias, rngs=rngs, **dtypes)
+            return _linear(config, inputs, outputs, config.mlp_bias, **options)
 
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
@@ -209,11 +209,11 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.input_layernorm = _norm(config, rngs=rngs, **dtypes)
-        self.self_attn = Attention(config, rngs=rngs, **dtypes)
-        self.post_attention_layernorm = _norm(config, rngs=rngs, **dtypes)
-        self.mlp = FeedForward(config, rngs=rngs, **dtypes)
+    def __init__(self, config: LlamaConfig, **options: Any):
+        self.input_layernorm = _norm(config, **options)
+        self.self_attn = Attention(config, **options)
+        self.post_attention_layernorm = _norm(config, **options)
+        self.mlp = FeedForward(config, **options)
 
     def __call__(
         self,
@@ -237,25 +237,22 @@ class Llama(Decoder):
     base_prefix = "model."
     ignored_tensors = (r".*\.rotary_emb\.inv_freq",)  # old files keep what follows from the config
 
-    def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, checkpoint: bool = False, **dtypes: Any
-    ):
+    def __init__(self, config: LlamaConfig, *, checkpoint: bool = False, **options: Any):
         self.config = config
         self.checkpoint = checkpoint
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
             embedding_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-            **dtypes,
+            **options,
         )
-        blocks = [Block(config, rngs=rngs, **dtypes) for _ in range(config.num_hidden_layers)]
+        blocks = [Block(config, **options) for _ in range(config.num_hidden_layers)]
         self.layers = nnx.List(blocks)
-        self.norm = _norm(config, rngs=rngs, **dtypes)
+        self.norm = _norm(config, **options)
         if not config.tie_word_embeddings:
-            dtypes["preferred_element_type"] = jnp.float32
+            options["preferred_element_type"] = jnp.float32
             sizes = config.hidden_size, config.vocab_size
-            self.lm_head = _linear(config, *sizes, bias=False, rngs=rngs, **dtypes)
+            self.lm_head = _linear(config, *sizes, bias=False, **options)
 
     @staticmethod
     def tensor_axes(path: tuple, ndim: int) -> tuple[int, ...]:
@@ -302,11 +299,11 @@ def _rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _linear(
-    config: LlamaConfig, inputs: int, outputs: int, bias: bool, *, rngs: nnx.Rngs, **dtypes: Any
+    config: LlamaConfig, inputs: int, outputs: int, bias: bool, **options: Any
 ) -> nnx.Linear:
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, rngs=rngs, **dtypes)
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, **options)
 
 
-def _norm(config: LlamaConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs, **dtypes)
+def _norm(config: LlamaConfig, **options: Any) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, **options)

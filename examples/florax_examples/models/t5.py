@@ -305,12 +305,9 @@ class T5(Transformer):
         "decoder.embed_tokens.weight": "shared.weight",
     }
 
-    def __init__(
-        self, config: T5Config, *, rngs: nnx.Rngs, checkpoint: bool = False, **dtypes: Any
-    ):
+    def __init__(self, config: T5Config, *, checkpoint: bool = False, **options: Any):
         self.config = config
         self.checkpoint = checkpoint
-        options = dict(rngs=rngs, **dtypes)
         width, vocabulary = config.d_model, config.vocab_size
         embedding_init = _normal(config, 1.0)
         self.shared = nnx.Embed(vocabulary, width, embedding_init=embedding_init, **options)

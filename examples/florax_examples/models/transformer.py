@@ -29,11 +29,11 @@ class Transformer(nnx.Module):
 
     Args:
       config: its sizes.
-      rngs: of the initial weights.
       checkpoint: keep only what enters each layer for the backward pass, which computes the rest
         again.
-      dtypes: `dtype`, what it computes in, by default what its parameters are kept in; and
-        `param_dtype`, what these are kept in, by default float32.
+      options: of all its layers, as flax.nnx has them: `rngs`, of the initial weights; `dtype`,
+        what they compute in, by default what their parameters are kept in; and `param_dtype`, what
+        these are kept in, by default float32.
     """
 
     def stack(self) -> None:

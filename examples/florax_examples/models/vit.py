@@ -117,13 +117,13 @@ _TENSORS = {
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: ViTConfig, **options: Any):
         width, bias = config.hidden_size, config.qkv_bias
         self.num_heads = config.num_attention_heads
-        self.query = _linear(config, width, width, bias=bias, rngs=rngs, **dtypes)
-        self.key = _linear(config, width, width, bias=bias, rngs=rngs, **dtypes)
-        self.value = _linear(config, width, width, bias=bias, rngs=rngs, **dtypes)
-        self.output = _linear(config, width, width, rngs=rngs, **dtypes)
+        self.query = _linear(config, width, width, bias=bias, **options)
+        self.key = _linear(config, width, width, bias=bias, **options)
+        self.value = _linear(config, width, width, bias=bias, **options)
+        self.output = _linear(config, width, width, **options)
 
     def __call__(self, x: Array) -> Array:
         heads = (*x.shape[:2], self.num_heads, -1)
@@ -133,21 +133,21 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: ViTConfig, **options: Any):
         width, inner = config.hidden_size, config.intermediate_size
-        self.intermediate = _linear(config, width, inner, rngs=rngs, **dtypes)
-        self.output = _linear(config, inner, width, rngs=rngs, **dtypes)
+        self.intermediate = _linear(config, width, inner, **options)
+        self.output = _linear(config, inner, width, **options)
 
     def __call__(self, x: Array) -> Array:
         return self.output(nnx.gelu(self.intermediate(x), approximate=False))
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.layernorm_before = _layer_norm(config, rngs=rngs, **dtypes)
-        self.attention = Attention(config, rngs=rngs, **dtypes)
-        self.layernorm_after = _layer_norm(config, rngs=rngs, **dtypes)
-        self.feed_forward = FeedForward(config, rngs=rngs, **dtypes)
+    def __init__(self, config: ViTConfig, **options: Any):
+        self.layernorm_before = _layer_norm(config, **options)
+        self.attention = Attention(config, **options)
+        self.layernorm_after = _layer_norm(config, **options)
+        self.feed_forward = FeedForward(config, **options)
 
     def __call__(self, x: Array) -> Array:
         x = x + self.attention(self.layernorm_before(x))
@@ -164,10 +164,8 @@ class ViT(Transformer):
     ignored_tensors = (r"vit\.pooler\..*",)  # of a base model, which does not classify
     new_head_tensors = (r"classifier\..*",)  # what other labels need anew
 
-    def __init__(
-        self, config: ViTConfig, *, rngs: nnx.Rngs, checkpoint: bool = False, **dtypes: Any
-    ):
-        param_dtype = dtypes.get("param_dtype", jnp.float32)
+    def __init__(self, config: ViTConfig, *, checkpoint: bool = False, **options: Any):
+        rngs, param_dtype = options["rngs"], options.get("param_dtype", jnp.float32)
         normal, width = nnx.initializers.normal(config.initializer_range), config.hidden_size
         self.config = config
         self.checkpoint = checkpoint
@@ -183,13 +181,12 @@ class ViT(Transformer):
             strides=patch,
             padding="VALID",
             kernel_init=normal,
-            rngs=rngs,
-            **dtypes,
+            **options,
         )
         count = config.num_hidden_layers
-        self.layers = nnx.List([Layer(config, rngs=rngs, **dtypes) for _ in range(count)])
-        self.layernorm = _layer_norm(config, rngs=rngs, **dtypes)
-        self.classifier = _linear(config, width, config.num_labels, rngs=rngs, **dtypes)
+        self.layers = nnx.List([Layer(config, **options) for _ in range(count)])
+        self.layernorm = _layer_norm(config, **options)
+        self.classifier = _linear(config, width, config.num_labels, **options)
 
     @staticmethod
     def tensor_name(path: tuple) -> str:
@@ -293,24 +290,11 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 
 
 def _linear(
-    config: ViTConfig,
-    inputs: int,
-    outputs: int,
-    *,
-    bias: bool = True,
-    rngs: nnx.Rngs,
-    **dtypes: Any,
+    config: ViTConfig, inputs: int, outputs: int, *, bias: bool = True, **options: Any
 ) -> nnx.Linear:
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, rngs=rngs, **dtypes)
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, **options)
 
 
-def _layer_norm(config: ViTConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.LayerNorm:
-    # The fast variance, E[x²] - E[x]², cancels where the mean is large.
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        use_fast_variance=False,
-        rngs=rngs,
-        **dtypes,
-    )
+def _layer_norm(config: ViTConfig, **options: Any) -> nnx.LayerNorm:
+    return layers.layer_norm(config.hidden_size, config.layer_norm_eps, **options)
