@@ -145,14 +145,8 @@ class GPT2(Decoder):
         self.h = nnx.List([Block(config, **options) for _ in range(config.n_layer)])
         self.ln_f = _layer_norm(config, **options)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Linear(
-                config.n_embd,
-                config.vocab_size,
-                use_bias=False,
-                kernel_init=nnx.initializers.normal(config.initializer_range),
-                preferred_element_type=jnp.float32,
-                **options,
-            )
+            options |= {"use_bias": False, "preferred_element_type": jnp.float32}
+            self.lm_head = _linear(config, config.n_embd, config.vocab_size, **options)
 
     @staticmethod
     def tensor_axes(path: tuple, ndim: int) -> tuple[int, ...]:
