@@ -21,7 +21,7 @@ from florax_examples.datasets import Pair
 from florax_examples.loading import load_config, load_model, load_tokenizer
 from florax_examples.losses import target_losses
 from florax_examples.models.gpt2 import GPT2, PRESETS, GPT2Config
-from florax_examples.text import check_room, generate, pad_right
+from florax_examples.text import check_ids, check_room, generate, pad_right
 from florax_examples.tokenization import Tokenizer
 
 TINY = GPT2Config(vocab_size=2048, n_positions=96, n_embd=160, n_layer=3, n_head=5)
@@ -88,6 +88,7 @@ def main(s: Settings) -> None:
 
     tokenizer = load_tokenizer(s, texts, config.vocab_size)
     data = {split: encode(own, tokenizer, s.length) for split, own in pairs.items()}
+    check_ids(config, (rows["ids"] for rows in data.values()))
     for split, rows in data.items():
         print(f"{split}: {len(rows['ids']):,} of {len(pairs[split]):,} pairs fit into {s.length}")
     test = [pair for pair in pairs["test"] if len(encode_prompt(pair, tokenizer)) <= s.length]

@@ -28,8 +28,8 @@ from florax_examples.datasets import Pair
 from florax_examples.loading import has_weights, load_config, load_model, load_tokenizer
 from florax_examples.losses import target_losses
 from florax_examples.models.llama import PRESETS, Llama, LlamaConfig
-from florax_examples.text import check_room, generate, pad_right
-from florax_examples.tokenization import Tokenizer, TokenizerError
+from florax_examples.text import check_ids, check_room, generate, pad_right
+from florax_examples.tokenization import Tokenizer
 
 # Adafactor factors what is at least 128 wide. Token ids are those of a tokenizer trained here.
 TINY = LlamaConfig(
@@ -196,12 +196,7 @@ def main(s: Settings) -> None:
     check_room(config, length=s.length)
     has_pairs = datasets.has_pairs(s.data)
     tokenizer, data, prompts = (read_pairs if has_pairs else read_texts)(s, config.vocab_size)
-    largest = max(int(rows["ids"].max()) for rows in data.values())
-    if largest >= config.vocab_size:
-        raise TokenizerError(
-            f"the tokenizer gives ids up to {largest}, vocab_size={config.vocab_size} of the model"
-        )
-
+    check_ids(config, (rows["ids"] for rows in data.values()))
     ids = [prompt.ids for prompt in prompts]
     check_room(config, prompt=max(map(len, ids)), new_tokens=s.new_tokens)
 

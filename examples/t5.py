@@ -25,7 +25,7 @@ from florax_examples.loading import load_config, load_model, load_tokenizer
 from florax_examples.losses import LOGITS, chunked_cross_entropy
 from florax_examples.models import generation
 from florax_examples.models.t5 import PRESETS, T5, T5Config, shift_right
-from florax_examples.text import generate, pad_right
+from florax_examples.text import check_ids, generate, pad_right
 from florax_examples.tokenization import Tokenizer
 
 TINY = T5Config(
@@ -133,6 +133,7 @@ def main(s: Settings) -> None:
 
     tokenizer = load_tokenizer(s, texts, config.vocab_size)
     data = {split: encode(own, tokenizer, s) for split, own in pairs.items()}
+    check_ids(config, (rows[part] for rows in data.values() for part in ("source", "target")))
     for split, rows in data.items():
         cut = np.mean(rows["source_length"] == s.source_length)
         print(f"{split}: {len(rows['source']):,} pairs, {cut:.0%} of the sources cut off")

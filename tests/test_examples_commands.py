@@ -21,6 +21,7 @@ for requirement in (
     "rouge_score",
     "sacrebleu",
     "safetensors",
+    "sentencepiece",
     "tensorboardX",
     "tokenizers",
     "tqdm",
@@ -225,6 +226,7 @@ def type_of(script):
     return {"t5": T5, "gpt2": GPT2, "llama": Llama, "vit": ViT}[script]
 
 
+OTHERS_TOKENS = ["--data", "{pairs}", "--tokenizer", "{stories}"]
 MISTAKES = [
     ("gpt2", ["--data", "nowhere"], "there is no folder nowhere"),
     ("gpt2", ["--model", "nowhere/nothing/at/all"], "there is no folder nowhere/nothing/at/all"),
@@ -233,6 +235,13 @@ MISTAKES = [
     ("gpt2", ["--warmup", "1.5"], "warmup must be in [0, 1), got 1.5"),
     ("gpt2", ["--length", "5"], "length=5 leaves none of"),
     ("gpt2", ["--length", "2000"], "n_positions=96"),
+    (
+        "gpt2",
+        ["--model", "{gpt2}", "--length", "96", *OTHERS_TOKENS],
+        "vocab_size=300",
+    ),
+    ("t5", ["--model", "{t5}", *OTHERS_TOKENS], "vocab_size=300"),
+    ("llama", ["--model", "{llama}", *OTHERS_TOKENS], "vocab_size=300"),
     ("gpt2", ["--micro-batch", "99999"], "micro_batch=99999 is more than the"),
     ("gpt2", ["--metod", "naive"], "--metod"),
     ("gpt2", ["--method", "full"], "full"),
@@ -253,6 +262,12 @@ MISTAKES = [
     ("t5", ["--model", "{gpt2}"], "describes a model of type 'gpt2', not 't5'"),
     ("vit", ["--data", "{pairs}"], "has no train split: it needs a file train.npz"),
     ("llama", ["--data", "{images}"], "no train"),
+    ("llama", ["--length", "2000"], "max_position_embeddings=1024 of the model has no room for"),
+    (
+        "llama",
+        ["--data", "{texts}", "--new-tokens", "1020"],
+        "has no room for prompt=16 and new_tokens=1020",
+    ),
     ("projections", ["--rank", "1000"], "rank=1000 must be below hidden=768"),
     ("convert_gguf", ["nowhere.gguf", "{pairs}"], "nowhere.gguf"),
 ]
@@ -263,8 +278,9 @@ def test_mistakes_are_explained_in_a_sentence(
     script, arguments, message, folders, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    places = {"gpt2": folders / "models/gpt2", "pairs": folders / "pairs"}
-    places["images"] = folders / "images"
+    places = {name: folders / "models" / name for name in ("t5", "gpt2", "llama")}
+    places |= {kind: folders / kind for kind in ("images", "pairs", "texts")}
+    places["stories"] = REPOSITORY / "examples/data/stories260k"
     arguments = [argument.format(**places) for argument in arguments]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     # SystemExit with a text prints it to stderr; no other exception gets here.

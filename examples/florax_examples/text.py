@@ -1,7 +1,7 @@
 """Rows of tokens: padding them, and writing more of them with a decoder-only model."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from florax_examples import batches
 from florax_examples.datasets import DataError
 from florax_examples.models import generation
-from florax_examples.tokenization import Tokenizer
+from florax_examples.tokenization import Tokenizer, TokenizerError
 
 
 def pad_right(rows: list[list[int]], length: int, value: int) -> np.ndarray:
@@ -32,6 +32,15 @@ def check_room(config: Any, **lengths: int) -> None:
     if sum(lengths.values()) > most:
         named = " and ".join(f"{name}={length}" for name, length in lengths.items())
         raise DataError(f"{config.length_setting}={most} of the model has no room for {named}")
+
+
+def check_ids(config: Any, rows: Iterable[np.ndarray]) -> None:
+    """Refuse tokens that the model has no embedding for, where another's tokenizer gave them."""
+    largest = max(int(ids.max()) for ids in rows)
+    if largest >= config.vocab_size:
+        raise TokenizerError(
+            f"the tokenizer gives ids up to {largest}, vocab_size={config.vocab_size} of the model"
+        )
 
 
 def write_after(
