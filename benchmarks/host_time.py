@@ -27,7 +27,6 @@ MATRICES = {
     "up": (WIDTH, 4 * WIDTH),
     "down": (4 * WIDTH, WIDTH),
 }
-STACKED = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
 IMPORT = """
 import time, optax
 start = time.process_time()
@@ -50,28 +49,25 @@ def shapes(*stack: int) -> dict[str, Any]:
 
 
 def measure(s: Settings) -> dict[str, Any]:
-    def rank(path: tuple, leaf: Any) -> int | None:
-        return None if "bias" in path[-1].key else s.rank  # which a stack makes a matrix
+    stack = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
+    momentum = florax.flora_momentum(
+        lambda path, leaf: None if "bias" in path[-1].key else s.rank,  # a stack of them is 2-D
+        dimension_numbers=lambda path, leaf: stack if len(leaf.shape) == 3 else None,
+    )
 
     def imported() -> float:
         command = [sys.executable, "-c", IMPORT]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    def reported(params: Any, **options: Any) -> float:
+    def reported(params: Any) -> float:
         start = time.process_time()
-        florax.state_report(florax.flora_momentum(rank, **options), params)
+        florax.state_report(momentum, params)
         return time.process_time() - start
-
-    def stacks() -> float:
-        return reported(
-            shapes(LAYERS),
-            dimension_numbers=lambda _, leaf: STACKED if len(leaf.shape) == 3 else None,
-        )
 
     seconds = {
         "import of florax beyond optax": imported,
         "report of 1,152 leaves": lambda: reported([shapes()] * LAYERS),
-        "report of 12 stacks": stacks,
+        "report of 12 stacks": lambda: reported(shapes(LAYERS)),
     }
     medians = {name: statistics.median(f() for _ in range(s.rounds)) for name, f in seconds.items()}
     return {"milliseconds": {name: round(x * 1e3, 2) for name, x in medians.items()}}
