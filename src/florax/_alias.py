@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import optax
 
-from florax import _leaves, _momentum, _projection
+from florax import _dimensions, _leaves, _momentum, _projection
 
 
 def flora(
     learning_rate: optax.ScalarOrSchedule,
-    rank: _leaves.Rank,
+    rank: _dimensions.Rank,
     decay: jax.typing.ArrayLike = 0.9,
     resample_every: jax.typing.ArrayLike = 1000,
     *,
@@ -22,7 +22,7 @@ def flora(
     side: _leaves.Side = "smaller",
     residual: bool = False,
     nesterov: bool = False,
-    dimension_numbers: _leaves.DimensionNumbers | None = None,
+    dimension_numbers: _dimensions.DimensionNumbers | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adafactor with its momentum kept as sketches: the paper's optimizer, ready made.

@@ -59,14 +59,7 @@ class Evaluator:
     line: str = ""
 
     def run(self, jaxpr: _jaxprs.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
-        env: dict[Any, Any] = {}
-        env.update(zip(jaxpr.constvars, consts, strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-
-        for equation in jaxpr.eqns:
-            values = _jaxprs.read(env, equation.invars)
-            env.update(zip(equation.outvars, self.equation(equation, values), strict=True))
-        return _jaxprs.read(env, jaxpr.outvars)
+        return _jaxprs.evaluate(jaxpr, consts, args, self.equation)
 
     def equation(self, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
         reason = ""

@@ -4,16 +4,19 @@ Only `jax.extend.core` is used, which is public. jax 0.10 keeps closed jaxprs in
 an equation and counts a scan's operands; jax 0.11 keeps open ones and a grouping of the operands.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
+from florax import _meshes
+
 Jaxpr = core.Jaxpr
 Equation = core.JaxprEqn
 Literal = core.Literal
+Apply: TypeAlias = Callable[[Equation, list[Any]], Sequence[Any]]
 
 # Equations that run one inner program once, on their own operands.
 JIT = ("jit", "pjit", "closed_call")
@@ -30,22 +33,35 @@ def trace_flat(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequenc
     """As `trace`, with every jit inside inlined: its equations then stand one by one."""
     jaxpr, consts, shapes = trace(function, *args)
     leaves = jax.tree.leaves(args)
-    flat, flat_consts, _ = trace(lambda *leaves: run_program(jaxpr, consts, leaves), *leaves)
+    flat, flat_consts, _ = trace(
+        lambda *leaves: evaluate(jaxpr, consts, leaves, run_inlined), *leaves
+    )
     return flat, flat_consts, shapes
 
 
-def run_program(jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Run a program equation by equation, with every jit inside inlined."""
+def evaluate(
+    jaxpr: Jaxpr, consts: Sequence[Any], values: Sequence[Any], apply: Apply | None = None
+) -> list[Any]:
+    """Evaluate a program: `apply` gives an equation's results from its operands (`run`)."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
-    for equation in jaxpr.eqns:
-        operands = read(env, equation.invars)
-        if equation.primitive.name in JIT:
-            results = run_program(*inner(equation), operands)
-        else:
-            results = run(equation, operands)
-        env.update(zip(equation.outvars, results, strict=True))
+    advance(env, jaxpr.eqns, apply)
     return read(env, jaxpr.outvars)
+
+
+def advance(env: dict[Any, Any], equations: Iterable[Equation], apply: Apply | None = None) -> None:
+    """Add to the values of variables those that equations compute."""
+    apply = apply or run
+    for equation in equations:
+        results = apply(equation, read(env, equation.invars))
+        env.update(zip(equation.outvars, results, strict=True))
+
+
+def run_inlined(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Run one equation; of a jit, those of its program, one by one."""
+    if equation.primitive.name in JIT:
+        return evaluate(*inner(equation), values, run_inlined)
+    return run(equation, values)
 
 
 def abstractly(function: Callable[..., None], *args: Any) -> None:
@@ -62,6 +78,16 @@ def abstractly(function: Callable[..., None], *args: Any) -> None:
 def read(env: dict[Any, Any], variables: Sequence[Any]) -> list[Any]:
     """The values of variables and literals."""
     return [var.val if isinstance(var, Literal) else env[var] for var in variables]
+
+
+def shape(var: Any) -> tuple[int, ...]:
+    """Of a variable or a literal."""
+    return tuple(var.aval.shape)
+
+
+def dtype(var: Any) -> Any:
+    """Of a variable or a literal."""
+    return var.aval.dtype
 
 
 def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
@@ -127,42 +153,6 @@ def scan(equation: Equation, operands: Sequence[Any]) -> Scan:
     return Scan(consts, carry, xs, body, body_consts)
 
 
-def forwarded(jaxpr: Jaxpr) -> list[int | None]:
-    """For every result the operand that it is, unchanged; None for what is computed.
-
-    Transformed modules (flax.nnx) return every parameter from every program they enter.
-    """
-    origin: dict[Any, int] = {var: i for i, var in enumerate(jaxpr.invars)}
-
-    def of(var: Any) -> int | None:
-        return None if isinstance(var, Literal) else origin.get(var)
-
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name in JIT or name in CHECKPOINT:
-            sources = forwarded(inner(equation)[0])
-        elif name == "scan":
-            sources = _forwarded_by_scan(equation)
-        else:
-            continue
-        for var, source in zip(equation.outvars, sources, strict=True):
-            number = None if source is None else of(equation.invars[source])
-            if number is not None:
-                origin[var] = number
-    return [of(var) for var in jaxpr.outvars]
-
-
-def _forwarded_by_scan(equation: Equation) -> list[int | None]:
-    parts = scan(equation, range(len(equation.invars)))
-    first, last = len(parts.consts), len(parts.consts) + len(parts.carry)
-    sources: list[int | None] = []
-    for result, source in enumerate(forwarded(parts.body)):
-        is_carry = result < len(parts.carry)
-        stays = source == first + result if is_carry else source is not None and source >= last
-        sources.append(source if stays else None)
-    return sources
-
-
 def line(equation: Equation) -> str:
     """The line of the user's program that an equation comes from; empty inside JAX's functions."""
     return source_info_util.summarize(equation.source_info).rsplit("/", 1)[-1]
@@ -181,23 +171,44 @@ def order(jaxpr: Jaxpr) -> list[tuple[int, ...]]:
     return [() if isinstance(var, Literal) else made.get(var, ()) for var in jaxpr.outvars]
 
 
-def dependencies(jaxpr: Jaxpr, operands: Sequence[frozenset[int]]) -> list[frozenset[int]]:
-    """For every result the union of the labels of the operands that it depends on."""
-    none: frozenset[int] = frozenset()
-    labels: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, operands, strict=True))
+Labels: TypeAlias = frozenset[int]
+Rule: TypeAlias = Callable[[Equation, list[Labels]], Sequence[Labels]]
 
-    def of(var: Any) -> frozenset[int]:
-        return none if isinstance(var, Literal) else labels.get(var, none)
 
+def dependencies(
+    jaxpr: Jaxpr, operands: Sequence[Labels], rule: Rule | None = None
+) -> list[Labels]:
+    """For every result the union of the labels of the operands that it depends on.
+
+    `rule` gives the labels of an equation's results from those of its operands: `look_inside`, or
+    `whole_equations` for programs whose equations are computed whole.
+    """
+    found = labels(jaxpr, operands, rule)
+    return [_label(found, var) for var in jaxpr.outvars]
+
+
+def labels(jaxpr: Jaxpr, operands: Sequence[Labels], rule: Rule | None = None) -> dict[Any, Labels]:
+    """The same for every variable that depends on something."""
+    rule = rule or look_inside
+    found: dict[Any, Labels] = dict(zip(jaxpr.invars, operands, strict=True))
     for equation in jaxpr.eqns:
-        inputs = [of(var) for var in equation.invars]
-        results = _dependencies_of(equation, inputs)
-        labels.update(zip(equation.outvars, results, strict=True))
-    return [of(var) for var in jaxpr.outvars]
+        results = rule(equation, [_label(found, var) for var in equation.invars])
+        found.update(zip(equation.outvars, results, strict=True))
+    return found
 
 
-def _dependencies_of(equation: Equation, inputs: list[frozenset[int]]) -> Sequence[frozenset[int]]:
-    name, count = equation.primitive.name, len(equation.outvars)
+def _label(found: dict[Any, Labels], var: Any) -> Labels:
+    return frozenset() if isinstance(var, Literal) else found.get(var, frozenset())
+
+
+def whole_equations(equation: Equation, inputs: list[Labels]) -> Sequence[Labels]:
+    """Every result depends on every operand."""
+    return [frozenset[int]().union(*inputs)] * len(equation.outvars)
+
+
+def look_inside(equation: Equation, inputs: list[Labels]) -> Sequence[Labels]:
+    """A result depends on what it is computed from in the equation's inner program."""
+    name = equation.primitive.name
     if name in JIT or name in CHECKPOINT:
         return dependencies(inner(equation)[0], inputs)
     if name == "optimization_barrier":
@@ -218,7 +229,32 @@ def _dependencies_of(equation: Equation, inputs: list[frozenset[int]]) -> Sequen
                 return [*carry, *results[len(carry) :]]
             carry = grown
     # What is not looked into is taken to mix all that it is given.
-    return [frozenset().union(*inputs)] * count
+    return whole_equations(equation, inputs)
+
+
+def unchanged(equation: Equation, inputs: list[Labels]) -> Sequence[Labels]:
+    """A result has the label of the operand that it is, unchanged; what is computed has none."""
+    name = equation.primitive.name
+    if name in JIT or name in CHECKPOINT:
+        return dependencies(inner(equation)[0], inputs, unchanged)
+    if name != "scan":
+        return [frozenset()] * len(equation.outvars)
+    parts = scan(equation, range(len(inputs)))
+    first, last = len(parts.consts), len(parts.consts) + len(parts.carry)
+    # What the loop carries must be handed on as itself, and what it collects be scanned over.
+    own = [first + i if i < len(parts.carry) else None for i in range(len(equation.outvars))]
+    pairs = zip(forwarded(parts.body), own, strict=True)
+    stay = (s if s == i or (i is None and s is not None and s >= last) else None for s, i in pairs)
+    return [frozenset() if source is None else inputs[source] for source in stay]
+
+
+def forwarded(jaxpr: Jaxpr) -> list[int | None]:
+    """For every result the operand that it is, unchanged; None for what is computed.
+
+    Transformed modules (flax.nnx) return every parameter from every program they enter.
+    """
+    own = [frozenset([number]) for number in range(len(jaxpr.invars))]
+    return [next(iter(label), None) for label in dependencies(jaxpr, own, unchanged)]
 
 
 def needed(jaxpr: Jaxpr, results: Sequence[Any]) -> tuple[list[int], set[Any]]:
@@ -231,3 +267,56 @@ def needed(jaxpr: Jaxpr, results: Sequence[Any]) -> tuple[list[int], set[Any]]:
             numbers.append(number)
             wanted.update(var for var in equation.invars if not isinstance(var, Literal))
     return numbers[::-1], wanted
+
+
+# --- maps over a leading axis
+
+# Operations of which entry i of the result is made of entries i of the operands.
+_ENTRY_WISE = """
+    abs add and cbrt ceil clamp convert_element_type copy cos div eq erf erf_inv exp exp2 expm1
+    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not
+    or pow reduce_precision rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan
+    tanh xor
+""".split()  # noqa: SIM905
+
+
+def mapped(equation: Equation, height: int, stacked: set[Any]) -> list[bool] | None:
+    """Which operands are stacks, if the equation maps over their leading axis of that height.
+
+    None if it does not, or if nothing that it reads is known to be a stack.
+    """
+    shapes = [shape(var) for var in equation.invars]
+    name = equation.primitive.name
+    if name == "scan":
+        parts = scan(equation, range(len(shapes)))
+        if parts.carry or equation.params["length"] != height:
+            return None
+        return [number in parts.xs for number in range(len(shapes))]
+    (own, *_) = (shape(var) for var in equation.outvars)
+    if own[:1] != (height,):
+        return None
+    if name == "broadcast_in_dim" and shapes == [()]:
+        return [False]
+    known = any(not isinstance(var, Literal) and var in stacked for var in equation.invars)
+    if name not in _ENTRY_WISE or not known or not set(shapes) <= {(), own}:
+        return None
+    return [operand == own for operand in shapes]
+
+
+def run_one_layer(equation: Equation, values: Sequence[Any]) -> Sequence[Any]:
+    """Run an equation that is `mapped` on one layer of its stacks."""
+    if equation.primitive.name == "scan":
+        parts = scan(equation, values)
+        operands = [*parts.consts, *parts.xs]
+        return evaluate(parts.body, parts.body_consts, operands, run_inlined)
+    if equation.primitive.name == "broadcast_in_dim":
+        (var,) = equation.outvars
+        along = tuple(var.aval.sharding.spec)[1:]  # type: ignore[attr-defined]
+        return [_meshes.divide(jnp.broadcast_to(values[0], shape(var)[1:]), along)]
+    return run(equation, values)
+
+
+def describe(equation: Equation) -> str:
+    """An operation for a message: its name, and the line that it comes from if it is known."""
+    place = line(equation)
+    return f"{equation.primitive.name} at {place}" if place else equation.primitive.name

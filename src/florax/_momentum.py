@@ -1,12 +1,13 @@
 """Momentum kept as sketches: Algorithm 2 of the paper as an Optax transformation."""
 
+import dataclasses
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _checks, _leaves, _projection, _sketches
+from florax import _calls, _checks, _dimensions, _leaves, _projection, _sketches
 
 
 class FloraMomentumState(NamedTuple):
@@ -14,21 +15,16 @@ class FloraMomentumState(NamedTuple):
 
     Attributes:
       count: updates seen so far, shape `()`, int32.
-      cycle: which projections the sketches are read with, and the next update is compressed with,
-        shape `()`, int32.
-      key: base key of the projections, raw threefry data, shape `(2,)`, uint32.
       sketch: the momentum; `sketch.arrays` is a tree like the parameters with, per leaf, its
         sketch, shape `(*batch, *rows, rank)`, or a full-size average if it is kept dense.
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name of Optax's counts, not tuple.count
-    cycle: jax.Array
-    key: jax.Array
     sketch: _sketches.Sketches
 
 
 def flora_momentum(
-    rank: _leaves.Rank,
+    rank: _dimensions.Rank,
     decay: jax.typing.ArrayLike = 0.9,
     resample_every: jax.typing.ArrayLike = 1000,
     *,
@@ -37,7 +33,7 @@ def flora_momentum(
     side: _leaves.Side = "smaller",
     residual: bool = False,
     nesterov: bool = False,
-    dimension_numbers: _leaves.DimensionNumbers | None = None,
+    dimension_numbers: _dimensions.DimensionNumbers | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace updates by their moving average, kept as a random sketch (FLORA, Algorithm 2).
@@ -110,7 +106,8 @@ def flora_momentum(
     """
     _checks.decay_rate("decay", decay)
     _checks.positive_int("resample_every", resample_every)
-    _leaves.check_settings(rank, side, projection)
+    plan = _leaves.Plan(rank, side, projection, dimension_numbers)
+    settings = ("flora_momentum", *plan.said)
     if residual and projection == "gaussian":
         raise ValueError(
             "residual=True needs orthonormal projections, got projection='gaussian': G − G AᵀA is "
@@ -118,35 +115,38 @@ def flora_momentum(
         )
 
     def init_fn(params: optax.Params) -> FloraMomentumState:
-        # Two arrays, not one twice: states can be donated.
-        count, cycle = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        base_key = _leaves.base_key(key)
+        count = jnp.zeros([], jnp.int32)
         if _sketches.is_stand_in(params):
-            return FloraMomentumState(count, cycle, base_key, cast(_sketches.Sketches, count))
-        leaves = _leaves.plan(params, rank, side, projection, dimension_numbers)
+            return FloraMomentumState(count, cast(_sketches.Sketches, count))
         dtype = accumulator_dtype
-        sketch = _sketches.zero_sketches(
-            params, leaves, lambda own: own if dtype is None else dtype
+        return FloraMomentumState(
+            count,
+            _sketches.Sketches.zeros(
+                params, plan(params), lambda own: own if dtype is None else dtype, key, settings
+            ),
         )
-        return FloraMomentumState(count, cycle, base_key, sketch)
 
     def update_fn(
         updates: optax.Updates,
         state: FloraMomentumState,
         params: optax.Params | None = None,
+        *,
+        florax: _calls.Call | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, FloraMomentumState]:
         del extra_args
-        leaves = state.sketch.plan
-        grads, treedef = _sketches.match(updates, leaves)
-        averages = state.sketch.leaves()
-        drawn = _leaves.draw(leaves, state.key, state.cycle)
+        if isinstance(florax, _calls.Look):
+            return florax.note(updates, state.sketch), state
+        sketches, _ = state.sketch.checked(settings)
+        grads, treedef = sketches.match(updates)
+        drawn = sketches.draw()
 
-        flat_params = [None] * len(grads) if params is None else jax.tree.leaves(params)
         emitted, kept = [], []
-        for leaf, grad, average, a, param in zip(
-            leaves, grads, averages, drawn, flat_params, strict=True
+        likes = grads if params is None else sketches.aligned("params", params)
+        for leaf, grad, average, like in zip(
+            sketches.plan, grads, sketches.leaves(), likes, strict=True
         ):
+            a = drawn.get(leaf.path)
             if a is None:
                 new = optax.tree.update_moment(grad, average, decay, order=1)
                 out = optax.tree.update_moment(grad, new, decay, order=1) if nesterov else new
@@ -159,56 +159,49 @@ def flora_momentum(
                     f"residual=True needs the full gradient of {leaf.path}, got its sketch. Use "
                     "jax.value_and_grad, or residual=False."
                 )
-            sketch = grad.array if born else leaf.compress(grad, a)
+            sketch = grad.read(sketches.key_of(leaf)) if born else leaf.compress(grad, a)
             new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
             # One decompression serves both parts: M A + G − (G Aᵀ) A = G + (M − G Aᵀ) A.
             out = out - sketch if residual else out
-            out = leaf.decompress(out, a, like=param if born else grad)
+            out = leaf.decompress(out, a, like if born else grad)
             out = out + grad if residual else out
             own = leaf.dtype if born else grad.dtype
             emitted.append(out.astype(jnp.promote_types(own, average.dtype)))
             kept.append(new)
 
-        dtypes = [average.dtype for average in averages]
-        kept = _sketches.round_all(leaves, kept, dtypes, state.key, state.count, _AVERAGE)
-        state = state._replace(
-            count=optax.safe_increment(state.count), sketch=state.sketch.replace(kept)
-        )
+        sketches = sketches.replace(sketches.round(kept, state.count, _AVERAGE))
+        count = optax.safe_increment(state.count)
         # At the end of a cycle, not at the start of the next: so the state alone says with which
         # projections to read it, whatever becomes of `resample_every`.
-        return jax.tree.unflatten(treedef, emitted), _resample(
-            state, state.count % resample_every == 0
-        )
+        sketches = _resample(sketches, count, count % resample_every == 0)
+        return jax.tree.unflatten(treedef, emitted), FloraMomentumState(count, sketches)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _resample(state: FloraMomentumState, ends_cycle: jax.Array) -> FloraMomentumState:
+def _resample(
+    sketches: _sketches.Sketches, count: jax.Array, ends_cycle: jax.Array
+) -> _sketches.Sketches:
     """Where a cycle ends, carry the sketches over to the next one's projections."""
-    kept = state.sketch.leaves()
-    compressed = [i for i, leaf in enumerate(state.sketch.plan) if leaf.rank is not None]
-    leaves = tuple(state.sketch.plan[i] for i in compressed)
+    compressed = [i for i, leaf in enumerate(sketches.plan) if leaf.rank]
+    new = dataclasses.replace(sketches, cycle=sketches.cycle + ends_cycle.astype(jnp.int32))
 
-    def carry_over(sketches: list[jax.Array]) -> list[jax.Array]:
+    def carry_over() -> list[jax.Array]:
         # Both projections are drawn here, once in `resample_every` updates, and not kept alive.
-        old = _leaves.draw(leaves, state.key, state.cycle)
-        new = _leaves.draw(leaves, state.key, state.cycle + 1)
+        before, after = sketches.draw(), new.draw()
         moved = [
-            leaf.transfer(sketch, a, b)
-            for leaf, sketch, a, b in zip(leaves, sketches, old, new, strict=True)
-            if a is not None and b is not None
+            leaf.transfer(kept, before[leaf.path], after[leaf.path]) if leaf.rank else kept
+            for leaf, kept in zip(sketches.plan, sketches.leaves(), strict=True)
         ]
-        dtypes = [sketch.dtype for sketch in sketches]
-        return _sketches.round_all(leaves, moved, dtypes, state.key, state.count, _TRANSFER)
+        rounded = new.round(moved, count, _TRANSFER)
+        return [rounded[i] for i in compressed]
 
-    sketches = [kept[i] for i in compressed]
-    sketches = jax.lax.cond(ends_cycle, carry_over, lambda unchanged: unchanged, sketches)
-    for i, sketch in zip(compressed, sketches, strict=True):
+    kept = sketches.leaves()
+    carried = jax.lax.cond(ends_cycle, carry_over, lambda: [kept[i] for i in compressed])
+    for i, sketch in zip(compressed, carried, strict=True):
         kept[i] = sketch
-    return state._replace(
-        cycle=state.cycle + ends_cycle.astype(jnp.int32), sketch=state.sketch.replace(kept)
-    )
+    return new.replace(kept)
 
 
 # Which of the two roundings of an update it is: after the average, or after the transfer.

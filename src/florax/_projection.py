@@ -8,10 +8,11 @@ column axes. Its projection A has shape `(rank, *columns)` and its sketch C = G 
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
 
 Projection = Literal["gaussian", "cosine"]
 
@@ -33,27 +34,44 @@ def draw(projection: Projection, key: jax.Array, rank: int, columns: tuple[int, 
     column. A Aᵀ = I, so decompressing is the orthogonal projection onto the row space of A, and
     E[AᵀA] = (rank / m) I: a shrunken mean, with the smallest error that a sketch can have.
     """
-    # An explicit threefry key: with "rbg", another default that users may set, the bits can depend
-    # on how the array is sharded, and the draws for compressing and decompressing would differ.
-    typed_key = jax.random.wrap_key_data(key, impl="threefry2x32")
     size = math.prod(columns)
     matrix = _gaussian if projection == "gaussian" else _cosine
-    return matrix(typed_key, rank, size).reshape(rank, *columns)
+    return matrix(key, rank, size).reshape(rank, *columns)
+
+
+def _bits(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Two random words, uint32, for every entry: the cipher of its position.
+
+    Not `jax.random.bits`, whose bits follow a flag and the version of JAX, and, with the "rbg"
+    generator, how an array is sharded: a saved sketch is read with projections that are drawn
+    anew, and bits that changed would turn it into noise.
+    """
+    position = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    # The words of the key stay scalars, the cipher's loop would carry arrays of them. The zero has
+    # their axis under `vmap`, which the cipher asks for.
+    zero = jnp.zeros_like(position) + (key[0] & 0)
+    first, second = threefry2x32_p.bind(  # type: ignore[no-untyped-call]
+        key[0], key[1], zero, position + zero
+    )
+    return first, second
 
 
 def _gaussian(key: jax.Array, rank: int, size: int) -> jax.Array:
-    return jax.random.normal(key, (rank, size), jnp.float32) / math.sqrt(rank)
+    """Of uniform numbers in (-1, 1), the midpoints of 2²³ intervals, the normal quantiles."""
+    bits, _ = _bits(key, (rank, size))
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1
+    return jax.lax.erf_inv(uniform) * math.sqrt(2 / rank)
 
 
 def _cosine(key: jax.Array, rank: int, size: int) -> jax.Array:
     """A[i, j] = s_j √(2/m) cos(π (2j+1) k_i / 2m), and √(1/m) in place of √(2/m) where k_i = 0."""
-    key_rows, key_signs = jax.random.split(key)
+    order, negative = _bits(key, (size,))
     # Every dtype is given: the draw is the same in 64-bit mode.
     j = jnp.arange(size, dtype=jnp.uint32)
-    k = jax.random.permutation(key_rows, j)[:rank, None]
-    j = j[None, :]
-    negative = jax.random.bits(key_signs, (1, size), jnp.uint32) & 1
-    signs = 1 - 2 * negative.astype(jnp.float32)
+    # Numbers sorted by random words, and by themselves where two words are equal.
+    _, k = jax.lax.sort((order, j), num_keys=2)
+    k, j = k[:rank, None], j[None, :]
+    signs = 1 - 2 * (negative[None, :] & 1).astype(jnp.float32)
 
     # (2j+1) k mod 4m without overflow: (2j+1) k overflows 32 bits from m = 33,000 on, and a float32
     # angle is wrong long before. With j = 1024 j₁ + j₀ both products stay below 2³² up to m = 2²⁰.
@@ -111,12 +129,13 @@ def transfer(sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.tensordot(sketch.astype(dtype), overlap, axes=1)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def stochastic_round(value: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
     """Round `value` to `dtype`, up or down with the probabilities that make it right on average.
 
     Rounding to the nearest stalls a moving average whose increments are below half a unit in the
     last place: in bfloat16 from a decay of about 0.99 on. `key` is two random words, uint32, shape
-    `(2,)`.
+    `(2,)`. Differentiated as a cast is.
     """
     nearest = value.astype(dtype)
     error = value - nearest.astype(value.dtype)
@@ -124,6 +143,12 @@ def stochastic_round(value: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Arr
     gap = other.astype(value.dtype) - nearest.astype(value.dtype)
     # An infinite or undefined value makes the quotient 0 or NaN: the nearest value then stands.
     return jnp.where(_noise(key, value.shape) < error / gap, other, nearest)
+
+
+@stochastic_round.defjvp
+def _stochastic_round_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (value, key), (tangent, _) = primals, tangents
+    return stochastic_round(value, dtype, key), tangent.astype(dtype)
 
 
 def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

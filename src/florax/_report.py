@@ -1,6 +1,7 @@
 """What is compressed, what is not and why, and the bytes of both: before training."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _accumulate, _jaxprs, _momentum, _sketching
+from florax import _calls, _jaxprs, _sketches, _value_and_grad
 
 
 class ReportRow(NamedTuple):
@@ -58,16 +59,28 @@ class StateReport:
 
     def __str__(self) -> str:
         """The table."""
-        lines: list[tuple[str, ...] | str] = []
+        lines: list[tuple[str, ...]] = []
         for transformation in dict.fromkeys(row.transformation for row in self.rows):
             rows = [row for row in self.rows if row.transformation == transformation]
-            lines += [transformation, _HEADER, *map(_cells, rows)]
             part = StateReport(tuple(rows))
             sizes = _sizes(part.state_bytes, part.full_bytes)
-            lines.append((f"total of {len(rows)} leaves", "", "", "", *sizes, ""))
-        table = [line for line in lines if isinstance(line, tuple)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(line if isinstance(line, str) else _align(line, widths) for line in lines)
+            total = (f"total of {len(rows)} leaves", "", "", "", *sizes, "")
+            lines += [(transformation,), _HEADER, *map(_cells, rows), total]
+        return "\n".join([_table(lines, "<<>>>>><"), *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What looks like a mistake: stacks of vectors beside stacks of matrices."""
+        return [
+            f"Note: {row.path} of shape {_shape(row.shape)} is compressed as one matrix, while "
+            f"{stack.path} of shape {_shape(stack.shape)} is kept dense. If both are stacks of "
+            f"{row.shape[0]} layers, say so with florax.per_layer, or with dimension_numbers."
+            for row, stack in itertools.product(self.rows, self.rows)
+            if row.rank
+            and len(row.shape) == 2
+            and stack.reason.endswith("no dimension_numbers")
+            and stack.shape[0] == row.shape[0]
+        ][:1]
 
 
 def state_report(tx: optax.GradientTransformation, params: Any) -> StateReport:
@@ -96,8 +109,8 @@ def state_report(tx: optax.GradientTransformation, params: Any) -> StateReport:
 
     Source: the memory of sketches against full-size buffers, Hao et al., 2024 (arXiv:2402.03293).
     """
-    states = jax.tree.leaves(jax.eval_shape(tx.init, params), is_leaf=_is_flora_state)
-    rows = [row for state in states if _is_flora_state(state) for row in _rows(state)]
+    sketches = _sketches.find(jax.eval_shape(tx.init, params), _sketches.Sketches)
+    rows = [row for own in sketches for row in _rows(own)]
     if not rows:
         raise ValueError(
             f"tx keeps no FLORA state for these parameters, got {tx!r}. Pass the whole optimizer, "
@@ -106,28 +119,24 @@ def state_report(tx: optax.GradientTransformation, params: Any) -> StateReport:
     return StateReport(tuple(rows))
 
 
-def _is_flora_state(node: Any) -> bool:
-    return isinstance(node, _accumulate.FloraAccumulateState | _momentum.FloraMomentumState)
-
-
-def _rows(state: Any) -> list[ReportRow]:
-    accumulates = isinstance(state, _accumulate.FloraAccumulateState)
-    rows = [
-        ReportRow(
-            "flora_accumulate" if accumulates else "flora_momentum",
-            leaf.path,
-            leaf.shape,
-            leaf.rank,
-            None if leaf.rank is None else math.prod(leaf.shape[i] for i in leaf.columns),
-            leaf.reason,
-            kept.size * kept.dtype.itemsize,
-            math.prod(leaf.shape) * kept.dtype.itemsize,
+def _rows(sketches: _sketches.Sketches) -> list[ReportRow]:
+    rows = []
+    for leaf, kept in zip(sketches.plan, sketches.leaves(), strict=True):
+        # In `per_layer` a leaf is a layer's, and what is kept has a leading axis of layers.
+        layers = kept.shape[: kept.ndim - len(leaf.stored_shape)]
+        shape = (*layers, *leaf.shape)
+        rows.append(
+            ReportRow(
+                sketches.settings[0],
+                leaf.path,
+                shape,
+                leaf.rank,
+                None if leaf.rank is None else math.prod(leaf.shape[i] for i in leaf.columns),
+                leaf.reason,
+                kept.size * kept.dtype.itemsize,
+                math.prod(shape) * kept.dtype.itemsize,
+            )
         )
-        for leaf, kept in zip(state.sketch.plan, state.sketch.leaves(), strict=True)
-    ]
-    if accumulates:  # the base optimizer may keep sketches of its own
-        inner = jax.tree.leaves(state.inner_opt_state, is_leaf=_is_flora_state)
-        rows += [row for node in inner if _is_flora_state(node) for row in _rows(node)]
     return rows
 
 
@@ -159,12 +168,11 @@ class GradientReport:
 
     def __str__(self) -> str:
         """The table."""
-        table = [("leaf", "shape", "gradient", "dense because")]
+        lines = [("leaf", "shape", "gradient", "dense because")]
         for row in self.rows:
             gradient = "dense" if row.sketch is None else f"sketch {_shape(row.sketch)}"
-            table.append((row.path, _shape(row.shape), gradient, row.reason))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(_align(line, widths, (False,) * 4) for line in table)
+            lines.append((row.path, _shape(row.shape), gradient, row.reason))
+        return _table(lines, "<<<<")
 
 
 def gradient_report(
@@ -204,15 +212,13 @@ def gradient_report(
     rows: list[GradientRow] = []
 
     def probe(*traced: Any) -> None:
-        program = _sketching.trace_loss(loss_fn, argnums, has_aux, traced, {})
-        state = tx.init(jax.tree.unflatten(program.treedef, program.leaves))
-        found = _sketching.born(state, program)
-        refused = _sketching.refusals(program, found)
-        planned = {
-            leaf.path: leaf.reason
-            for own in _sketching.first_states(state)
-            for leaf in own.sketch.plan
-        }
+        program = _value_and_grad.trace_loss(loss_fn, argnums, has_aux, traced, {})
+        params = program.treedef.unflatten(program.leaves)
+        state = tx.init(params)
+        found = _value_and_grad.born(tx, state, program)
+        refused = _value_and_grad.refusals(program, found)
+        seen = _calls.look(tx, state, params)
+        planned = {leaf.path: leaf.reason for own in seen for leaf in own.sketch.plan}
         for i, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True)):
             sketched = i in found and i not in refused
             reason = refused.get(i, planned.get(path, "not of the FLORA transformation"))
@@ -224,7 +230,6 @@ def gradient_report(
 
 
 _HEADER = ("leaf", "shape", "rank", "side", "state", "full size", "share", "kept dense because")
-_RIGHT_ALIGNED = (False, False, True, True, True, True, True, False)
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:
@@ -249,11 +254,12 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _align(
-    cells: tuple[str, ...], widths: list[int], right_aligned: tuple[bool, ...] = _RIGHT_ALIGNED
-) -> str:
+def _table(lines: Sequence[tuple[str, ...]], alignment: str) -> str:
+    """Lines of cells, each column aligned; a line of one cell is a title."""
+    columns = zip(*(line for line in lines if len(line) > 1), strict=True)
+    widths = [max(map(len, column)) for column in columns]
     padded = (
-        cell.rjust(width) if right else cell.ljust(width)
-        for cell, width, right in zip(cells, widths, right_aligned, strict=True)
+        [f"{cell:{to}{n}}" for cell, to, n in zip(line, alignment, widths, strict=len(line) > 1)]
+        for line in lines
     )
-    return "  ".join(padded).rstrip()
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)

@@ -1,14 +1,18 @@
-"""What is kept of the leaves' gradients: one gradient's sketch, and the sketches of a state."""
+"""A FLORA state: the sketches of all leaves, and with them all that reading them needs."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NoReturn
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from florax import _leaves, _projection
+from florax import _boxes, _dimensions, _keys, _leaves, _meshes, _projection
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -18,14 +22,17 @@ class Sketch:
 
     It stands where the gradient of the leaf would stand. Sketches of the same cycle may be added
     and averaged, over micro-batches or devices; `flora_accumulate` and a `flora_momentum` that
-    stands first take them, and nothing else does: used as an array it raises.
+    stands first take them, and nothing else does: used as an array it raises. A sketch of another
+    cycle or another state is refused, or, where values are traced, becomes NaN.
 
     Attributes:
       array: the sketch, shape `(*batch, *rows, rank)`, float32 or the parameter's dtype if wider.
+      stamp: of which projections it is, shape `(5,)`, float32; added and scaled as `array` is.
       leaf: the leaf that it belongs to; static.
     """
 
     array: jax.Array
+    stamp: jax.Array
     leaf: _leaves.Leaf = dataclasses.field(metadata={"static": True})
 
     def __jax_array__(self) -> NoReturn:
@@ -40,91 +47,243 @@ class Sketch:
         """Raise: a sketch is not a gradient."""
         self.__jax_array__()
 
+    @classmethod
+    def of(cls, array: jax.Array, leaf: _leaves.Leaf, key: jax.Array) -> "Sketch":
+        """With the stamp of the leaf's key in the cycle."""
+        stamp = _WEIGHT * jnp.append(_digits(key), jnp.float32(1))
+        return cls(array, _meshes.varying_as(stamp, array), leaf)
 
-def match(updates: Any, leaves: tuple[_leaves.Leaf, ...]) -> tuple[list[Any], Any]:
-    """Flatten `updates` after checking that it is a tree of gradients for the planned leaves.
-
-    A gradient is an array of its leaf's shape or, where the leaf is compressed, its `Sketch`.
-    """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(
-        updates, is_leaf=lambda node: isinstance(node, Sketch)
-    )
-    # `flax.nnx.Optimizer` shows `init` its Variables, `update` the arrays that are their `.value`.
-    paths = [_leaves.name(path).removesuffix(".value") for path, _ in flat]
-    planned = [leaf.path.removesuffix(".value") for leaf in leaves]
-    if paths != planned:
-        missing = [path for path in planned if path not in paths]
-        surplus = [path for path in paths if path not in planned]
-        raise ValueError(
-            "The gradients do not match the parameters that the state was made for: "
-            f"missing {missing}, surplus {surplus}. Pass gradients of the parameters given to "
-            "init, or call init again."
-        )
-    for (_, grad), leaf in zip(flat, leaves, strict=True):
-        if isinstance(grad, Sketch):
-            if grad.leaf != leaf:
-                raise ValueError(
-                    f"The sketch of {leaf.path} was made for another state, as {grad.leaf}, where "
-                    f"this one has {leaf}. Pass this state to value_and_grad as opt_state."
-                )
-            continue
-        if tuple(grad.shape) != leaf.shape:
+    def read(self, key: jax.Array) -> jax.Array:
+        """The array, if it was made with the projections of that key."""
+        weight, error = self.stamp[4], self.stamp[:4] - self.stamp[4] * _digits(key)
+        # A digit is a multiple of 2⁻¹⁶; sums and means of stamps are off by some roundings. What
+        # is not finite comes from a factor that is not, and the array has it too.
+        tolerance = max(2.0**-12, 8 * float(jnp.finfo(self.stamp.dtype).eps))  # type: ignore[no-untyped-call]
+        close = jnp.abs(error) <= tolerance * jnp.abs(weight)
+        if agrees(jnp.all(close) | ~jnp.isfinite(weight)) is False:
             raise ValueError(
-                f"The gradient of {leaf.path} has shape {tuple(grad.shape)}, the parameter given "
-                f"to init had {leaf.shape}. Pass gradients of the same parameters, or call init "
-                "again."
+                f"The sketch of {self.leaf.path} was made for another state: of another cycle or "
+                "key. Give value_and_grad the very state as opt_state that is updated with it."
             )
-        _leaves.check_dtype(leaf.path, grad.dtype)
-    return [grad for _, grad in flat], treedef
+        return where_true(jnp.all(close), self.array)
 
 
-def compress(
-    grads: list[Any], leaves: tuple[_leaves.Leaf, ...], key: jax.Array, cycle: jax.Array
-) -> list[jax.Array]:
-    """Per leaf the sketch of its gradient, which may be born as one, or the gradient if dense."""
-    full = [i for i, grad in enumerate(grads) if not isinstance(grad, Sketch)]
-    drawn = dict(zip(full, _leaves.draw(tuple(leaves[i] for i in full), key, cycle), strict=True))
-    sketches = []
-    for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
-        a = drawn.get(i)
-        if isinstance(grad, Sketch):
-            grad = grad.array
-        sketches.append(grad if a is None else leaf.compress(grad, a))
-    return sketches
+# Sums of squares of gradients must not notice it, and float32 must hold it.
+_WEIGHT = 2.0**-60
+
+
+def _digits(key: jax.Array) -> jax.Array:
+    """A key as four numbers in [1, 2), shape `(4,)`, float32."""
+    halves = jnp.stack([key >> 16, key & 0xFFFF]).reshape(4)
+    return 1 + halves.astype(jnp.float32) * 2.0**-16
+
+
+def agrees(condition: jax.Array) -> bool | None:
+    """Its value, or None where that is not known when tracing."""
+    return None if isinstance(condition, jax.core.Tracer) else bool(condition)
+
+
+def where_true(condition: jax.Array, array: jax.Array) -> jax.Array:
+    """The array, or NaN throughout unless the condition holds."""
+    if agrees(condition):
+        return array
+    return jnp.where(condition, array, jnp.full_like(array, jnp.nan))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sketches:
-    """What a state keeps for the leaves: arrays, and how to read them.
+    """What a state keeps for the leaves, and all that is needed to read it.
 
     Attributes:
       arrays: a tree like the parameters; per leaf the sketch, shape `(*batch, *rows, rank)`, or,
         for a leaf that is kept dense, an array of its own shape.
+      words: by its name, per compressed leaf the words that its projections are drawn from, shape
+        `(2,)`, uint32. Saved with the sketch, they are right whatever the leaf is called later.
+      key: base key of the projections, raw threefry data, shape `(2,)`, uint32.
+      cycle: which projections the sketches are read with, shape `()`, int32.
+      digest: of the plan and the settings, shape `(2,)`, uint32: tells a state that was saved under
+        others.
       plan: one `Leaf` per leaf, in flattening order; static.
+      settings: the name of the transformation, and what of its settings decides how the sketches
+        are read and added to; static.
     """
 
     arrays: Any
+    words: Mapping[str, jax.Array]
+    key: jax.Array
+    cycle: jax.Array
+    digest: jax.Array
     plan: tuple[_leaves.Leaf, ...] = dataclasses.field(metadata={"static": True})
+    settings: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def zeros(
+        cls,
+        params: Any,
+        plan: tuple[_leaves.Leaf, ...],
+        dtype: Callable[[jnp.dtype], jax.typing.DTypeLike],
+        key: Any,
+        settings: tuple[Any, ...],
+    ) -> "Sketches":
+        """Of zero, for planned `params`; `dtype` gives the state's dtype for a parameter's."""
+        register_with_flax(cls, ("arrays", "words", "key", "cycle", "digest"))
+        flat = jax.tree.leaves(params)
+        zeros = [leaf.zeros(x, dtype(leaf.dtype)) for leaf, x in zip(plan, flat, strict=True)]
+        arrays = _boxes.fill(params, zeros, [leaf.kept_axes for leaf in plan])
+        words = {leaf.path: jnp.array(_keys.words(leaf.path)) for leaf in plan if leaf.rank}
+        digest, cycle = jnp.array(_digest(plan, settings)), jnp.zeros([], jnp.int32)
+        return cls(arrays, words, _keys.base_key(key), cycle, digest, plan, settings)
 
     def leaves(self) -> list[jax.Array]:
         """The arrays in the order of `plan`."""
         return jax.tree.leaves(self.arrays)
 
-    def replace(self, leaves: list[jax.Array]) -> "Sketches":
+    def replace(self, leaves: Sequence[jax.Array], **fields: Any) -> "Sketches":
         """The same with other arrays, given in the order of `plan`."""
-        return Sketches(jax.tree.unflatten(jax.tree.structure(self.arrays), leaves), self.plan)
+        arrays = jax.tree.unflatten(jax.tree.structure(self.arrays), leaves)
+        return dataclasses.replace(self, arrays=arrays, **fields)
+
+    def checked(self, settings: tuple[Any, ...]) -> tuple["Sketches", jax.Array]:
+        """The same, refused if it was made under other settings; and whether it was not.
+
+        Where values are traced and it was, the sketches become NaN. Leaves that are kept dense do
+        not, for they must stay what they are with Optax, to the bit.
+        """
+        found = None
+        if self.settings != settings:
+            found = f"{self.settings}, got {settings}"
+        for leaf, array in zip(self.plan, self.leaves(), strict=True):
+            if tuple(array.shape) != leaf.stored_shape:
+                found = f"{leaf}, got an array of shape {tuple(array.shape)}"
+        same = jnp.all(self.digest == _digest(self.plan, self.settings))
+        if not found and agrees(same) is False:
+            found = f"others than {self.settings}, or other ranks, by the digest that was saved"
+        if found:
+            raise ValueError(
+                f"The state was made under other settings than those of the transformation: {found}"
+                ". Pass the settings that the state was made with, or call init again."
+            )
+        pairs = zip(self.plan, self.leaves(), strict=True)
+        return self.replace([where_true(same, x) if leaf.rank else x for leaf, x in pairs]), same
+
+    def keys(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
+        """By its name, per compressed leaf, or some of them, the keys of its matrices, `(n, 2)`."""
+        chosen = [leaf for leaf in (self.plan if leaves is None else leaves) if leaf.rank]
+        words = [self.words[leaf.path] for leaf in chosen]
+        own = _keys.of_matrices(chosen, words, self.key, self.cycle)
+        return {leaf.path: key for leaf, key in zip(chosen, own, strict=True)}
+
+    def key_of(self, leaf: _leaves.Leaf) -> jax.Array:
+        """The leaf's key in the cycle, without an index in a stack."""
+        return _keys.fold_words(_keys.fold(self.key, self.cycle), self.words[leaf.path])
+
+    def draw(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
+        """By its name, per compressed leaf its projections, `(*batch, rank, *columns)`, float32."""
+        chosen = [leaf for leaf in (self.plan if leaves is None else leaves) if leaf.rank]
+        drawn = _keys.draw(chosen, list(self.keys(chosen).values()))
+        return {leaf.path: a for leaf, a in zip(chosen, drawn, strict=True)}
+
+    def compress(
+        self, grads: Sequence[Any], leaves: Sequence[_leaves.Leaf] | None = None
+    ) -> list[jax.Array]:
+        """Per leaf the sketch of its gradient, which may be one already; dense ones as they are."""
+        pairs = list(zip(self.plan if leaves is None else leaves, grads, strict=True))
+        drawn = self.draw([leaf for leaf, grad in pairs if not isinstance(grad, Sketch)])
+        sketches = []
+        for leaf, grad in pairs:
+            if isinstance(grad, Sketch):
+                sketches.append(grad.read(self.key_of(leaf)))
+            else:
+                a = drawn.get(leaf.path)
+                sketches.append(grad if a is None else leaf.compress(grad, a))
+        return sketches
+
+    def match(self, updates: Any, what: str = "gradient") -> tuple[list[Any], Any]:
+        """Flatten `updates` after checking that it is a tree of gradients for the leaves.
+
+        A gradient is an array of its leaf's shape or, where the leaf is compressed, its `Sketch`.
+        """
+        flat, treedef = jax.tree.flatten(updates, is_leaf=is_sketch)
+        self.aligned(f"The {what}s", updates, surplus=False)
+        for grad, leaf in zip(flat, self.plan, strict=True):
+            if isinstance(grad, Sketch):
+                if grad.leaf != leaf:
+                    raise ValueError(
+                        f"The sketch of {leaf.path} was made for another state, as {grad.leaf}, "
+                        f"where this one has {leaf}. Pass this state to value_and_grad as "
+                        "opt_state."
+                    )
+                continue
+            shape, dtype = _leaves.shape_and_dtype(leaf.path, grad)
+            if shape != leaf.shape:
+                raise ValueError(
+                    f"The {what} of {leaf.path} has shape {shape}, the parameter given to init had "
+                    f"{leaf.shape}. Pass {what}s like those given to init, or call init again."
+                )
+            _leaves.check_dtype(leaf.path, dtype)
+        return [grad if is_sketch(grad) else jnp.asarray(grad) for grad in flat], treedef
+
+    def aligned(self, what: str, tree: Any, surplus: bool = True) -> list[Any]:
+        """Per leaf its node of a tree, by name; a whole module, say, has a surplus of them."""
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_sketch)
+        named = {_dimensions.name(path): node for path, node in flat}
+        planned = [leaf.path for leaf in self.plan]
+        missing = [path for path in planned if path not in named]
+        more = [path for path in named if path not in planned]
+        if missing or (more and not surplus):
+            raise ValueError(
+                f"{what} do not match the parameters that the state was made for: missing "
+                f"{missing}, surplus {more}. Pass a tree like the parameters given to init, or "
+                "call init again."
+            )
+        return [named[path] for path in planned]
+
+    def round(self, values: Sequence[jax.Array], *counts: jax.typing.ArrayLike) -> list[jax.Array]:
+        """Round what the leaves keep to the state's dtypes; `counts` say which rounding it is.
+
+        Sketches are rounded stochastically, so that they are right on average; leaves that are kept
+        dense are cast, as Optax does.
+        """
+        base = _keys.fold(self.key, *counts)
+        rounded = []
+        for leaf, value, old in zip(self.plan, values, self.leaves(), strict=True):
+            if leaf.rank is None or jnp.promote_types(value.dtype, old.dtype) == old.dtype:
+                rounded.append(value.astype(old.dtype))
+                continue
+            # One fold more than for a projection: no rounding shares a key with one.
+            words = _keys.fold(_keys.fold_words(base, self.words[leaf.path]), 0)
+            rounded.append(_projection.stochastic_round(value, old.dtype, words))
+        return rounded
 
 
-def zero_sketches(
-    params: Any,
-    leaves: tuple[_leaves.Leaf, ...],
-    dtype: Callable[[jnp.dtype], jax.typing.DTypeLike],
-) -> Sketches:
-    """Sketches of zero for planned `params`; `dtype` gives the state's dtype for a parameter's."""
-    flat = jax.tree.leaves(params)
-    zeros = [leaf.zeros(x, dtype(leaf.dtype)) for leaf, x in zip(leaves, flat, strict=True)]
-    return Sketches(jax.tree.unflatten(jax.tree.structure(params), zeros), leaves)
+def _digest(plan: Sequence[_leaves.Leaf], settings: tuple[Any, ...]) -> np.ndarray:
+    """Of what must be the same to read a state; not of names, nor of the order of leaves."""
+    digest = _keys.words(settings)
+    for leaf in plan:
+        digest = digest + _keys.words(leaf.geometry)
+    return digest
+
+
+def is_sketch(node: Any) -> bool:
+    """Whether a node of a tree of gradients is a sketch."""
+    return isinstance(node, Sketch)
+
+
+def find(tree: Any, kind: type[T]) -> list[T]:
+    """The outermost nodes of a kind in any state, however wrapped, in flattening order."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
+
+
+def replace(tree: Any, nodes: Sequence[Any]) -> Any:
+    """The tree with all nodes of the kind that `nodes` are replaced by these, in their order."""
+    new, kind = iter(nodes), type(nodes[0])
+    return jax.tree.map(
+        lambda node: next(new) if isinstance(node, kind) else node,
+        tree,
+        is_leaf=lambda node: isinstance(node, kind),
+    )
 
 
 def is_stand_in(params: Any) -> bool:
@@ -137,29 +296,17 @@ def is_stand_in(params: Any) -> bool:
     return from_optax and not isinstance(params, tuple) and not jax.tree.leaves(params)
 
 
-def round_all(
-    leaves: tuple[_leaves.Leaf, ...],
-    values: list[jax.Array],
-    dtypes: list[jnp.dtype],
-    key: jax.Array,
-    *counts: jax.typing.ArrayLike,
-) -> list[jax.Array]:
-    """Round what the leaves keep to the state's dtypes; `counts` say which rounding it is.
+def register_with_flax(kind: type[T], fields: Sequence[str]) -> None:
+    """Let `flax.serialization`, where somebody has imported it, read and write the named fields."""
+    flax = sys.modules.get("flax.serialization")
+    if flax is None:
+        return
 
-    Sketches are rounded stochastically, so that they are right on average; leaves that are kept
-    dense are cast, as Optax does.
-    """
-    rounded = [value.astype(dtype) for value, dtype in zip(values, dtypes, strict=True)]
-    narrowed = [
-        i
-        for i, (leaf, value, dtype) in enumerate(zip(leaves, values, dtypes, strict=True))
-        if leaf.rank is not None and jnp.promote_types(value.dtype, dtype) != dtype
-    ]
-    if narrowed:
-        # Another label than a projection's: no rounding shares a key with one.
-        labels = jnp.array([_leaves.label_words((leaves[i].path, "rounding")) for i in narrowed])
-        base = _leaves.fold(key, *counts)
-        keys = jax.vmap(lambda words: _leaves.fold_words(base, words))(labels)
-        for i, words in zip(narrowed, keys, strict=True):
-            rounded[i] = _projection.stochastic_round(values[i], dtypes[i], words)
-    return rounded
+    def write(node: T) -> dict[str, Any]:
+        return {name: flax.to_state_dict(getattr(node, name)) for name in fields}
+
+    def read(target: T, saved: dict[str, Any]) -> T:
+        new = {name: flax.from_state_dict(getattr(target, name), saved[name]) for name in fields}
+        return dataclasses.replace(target, **new)  # type: ignore[type-var]
+
+    flax.register_serialization_state(kind, write, read, override=True)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from florax import (
-    _accumulate,
+    _calls,
     _checks,
+    _dimensions,
     _evaluator,
     _jaxprs,
     _leaves,
     _meshes,
-    _momentum,
     _sketches,
     _views,
 )
@@ -29,11 +29,13 @@ class Born(NamedTuple):
 
     Attributes:
       leaf: the leaf.
-      keys: of its matrices in the cycle, shape `(matrices, 2)`.
+      keys: of its matrices in the cycle, shape `(matrices, 2)`; of a dense leaf, none.
+      sketches: what it will be added to.
     """
 
     leaf: _leaves.Leaf
     keys: jax.Array
+    sketches: _sketches.Sketches
 
 
 class Program(NamedTuple):
@@ -41,7 +43,7 @@ class Program(NamedTuple):
 
     jaxpr: _jaxprs.Jaxpr
     consts: Sequence[Any]
-    result: Any  # shapes of what the loss returns
+    result: Callable[[Sequence[Any]], Any]  # what the loss returns, from the program's results
     leaves: list[jax.Array]
     treedef: Any
     paths: list[str]
@@ -53,6 +55,7 @@ def trace_loss(
     has_aux: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    trace: Callable[..., Any] = _jaxprs.trace,
 ) -> Program:
     """Trace a loss as a function of the arguments `argnums`, after checking both."""
     several = not _checks.is_int(argnums)
@@ -65,95 +68,101 @@ def trace_loss(
             )
     numbers = tuple(number % len(args) for number in numbers)
     params = tuple(args[number] for number in numbers) if several else args[numbers[0]]
+    results: list[Callable[[Sequence[Any]], Any]] = []
 
     def loss(params: Any) -> Any:
         replaced = list(args)
         for number, value in zip(numbers, params if several else (params,), strict=True):
             replaced[number] = value
-        return loss_fn(*replaced, **kwargs)
+        arrays, result = arrays_of(loss_fn(*replaced, **kwargs), has_aux)
+        results.append(result)
+        return arrays
 
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    for path, leaf in flat:
-        _leaves.check_dtype(_leaves.name(path), jnp.result_type(leaf))
-    jaxpr, consts, result = _jaxprs.trace(loss, params)
+    flat, treedef = jax.tree.flatten(params)
+    paths = _dimensions.names(params)
+    for path, leaf in zip(paths, flat, strict=True):
+        _, dtype = _leaves.shape_and_dtype(path, leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{path} has dtype {dtype}; only real floating-point leaves have a gradient. "
+                "Differentiate by the others alone: split the model by nnx.split(model, nnx.Param, "
+                "...) or eqx.partition(model, eqx.is_inexact_array), and name the argument by "
+                "argnums."
+            )
+    jaxpr, consts, _ = trace(loss, params)
+    return Program(jaxpr, consts, results[-1], flat, treedef, paths)
+
+
+def arrays_of(result: Any, has_aux: bool) -> tuple[list[jax.Array], Callable[[Sequence[Any]], Any]]:
+    """The loss, and the arrays of what comes with it; and the result again from those."""
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(f"With has_aux=True the loss must return a pair (loss, aux), got {result}.")
-    value = result[0] if has_aux else result
-    if not hasattr(value, "shape") or value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+    value, aux = result if has_aux else (result, ())
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        shown = f"an array of shape {value.shape} and dtype {value.dtype}"
+        is_loss = not value.shape and jnp.issubdtype(value.dtype, jnp.floating)
+    else:
+        shown, is_loss = value, isinstance(value, float)
+    if not is_loss:
         raise TypeError(
-            f"The loss must be a real scalar, got {value}. Return one number, and what else is "
+            f"The loss must be a real scalar, got {shown}. Return one number, and what else is "
             "wanted as aux, with has_aux=True."
         )
-    paths = [_leaves.name(path) for path, _ in flat]
-    return Program(jaxpr, consts, result, [leaf for _, leaf in flat], treedef, paths)
+    flat, treedef = jax.tree.flatten(aux)
+    is_array = [isinstance(x, jax.Array) for x in flat]
+
+    def again(arrays: Sequence[Any]) -> Any:
+        value, *rest = arrays
+        own = iter(rest)
+        # Texts and numbers in aux are handed on as they are, as `jax.value_and_grad` does.
+        filled = [next(own) if a else x for x, a in zip(flat, is_array, strict=True)]
+        aux = jax.tree.unflatten(treedef, filled)
+        return (value, aux) if has_aux else value
+
+    return [jnp.asarray(value), *(x for x in flat if isinstance(x, jax.Array))], again
 
 
-def born(opt_state: Any, program: Program) -> dict[int, Born]:
-    """By number of the leaf, what its sketch is made with, for all that `opt_state` compresses."""
-    numbers = {path.removesuffix(".value"): i for i, path in enumerate(program.paths)}
+def born(tx: optax.GradientTransformation, opt_state: Any, program: Program) -> dict[int, Born]:
+    """By number of the leaf, what its sketch is made with, for all that `tx` compresses first."""
+    numbers = {path: i for i, path in enumerate(program.paths)}
+    params = jax.tree.unflatten(program.treedef, program.leaves)
+    seen = _calls.look(tx, opt_state, params)
+    check_first(seen)
     found: dict[int, Born] = {}
-    states = first_states(opt_state)
-    if not states:
-        raise ValueError(
-            "opt_state holds no FLORA state that sees the gradients before anything else does, got "
-            f"a {type(opt_state).__name__}. Pass the state of flora_accumulate, or of a "
-            "flora_momentum that stands first; what must see full gradients needs "
-            "jax.value_and_grad."
-        )
-    for state in states:
-        own: dict[int, _leaves.Leaf] = {}
-        for leaf in state.sketch.plan:
-            number = numbers.get(leaf.path.removesuffix(".value"))
-            if number is None or jnp.shape(program.leaves[number]) != leaf.shape:
-                raise ValueError(
-                    f"opt_state was made for parameters with {leaf.path} of shape {leaf.shape}, "
-                    f"which what is differentiated has not: {program.paths}. Pass the state of "
-                    "these parameters, or their argnums."
-                )
-            if leaf.rank is not None:
-                own[number] = leaf
-        cycle = state.gradient_step if _accumulates(state) else state.cycle
-        found |= with_keys(own, state.key, cycle)
+    for own in (own for seen in seen if seen.is_first for own in with_keys(seen.sketch)):
+        number = numbers.get(own.leaf.path)
+        if number is None or jnp.shape(program.leaves[number]) != own.leaf.shape:
+            raise ValueError(
+                f"opt_state was made for parameters with {own.leaf.path} of shape "
+                f"{own.leaf.shape}, which what is differentiated has not: {program.paths}. Pass "
+                "the state of these parameters, or their argnums."
+            )
+        if own.leaf.rank:
+            found[number] = own
     return found
 
 
-def with_keys(leaves: dict[int, _leaves.Leaf], key: jax.Array, cycle: jax.Array) -> dict[int, Born]:
-    """By number of the leaf, what its sketch is made with in a cycle."""
-    keys = _leaves.matrix_keys(tuple(leaves.values()), key, cycle)
-    pairs = zip(leaves.items(), keys, strict=True)
-    return {number: Born(leaf, own) for (number, leaf), own in pairs}
+def check_first(seen: Sequence[_calls.Seen], all_of_them: bool = False) -> None:
+    """Raise unless a FLORA transformation, or all of them, see the gradients first."""
+    first = [own.is_first for own in seen]
+    if not any(first) or (all_of_them and not all(first)):
+        raise ValueError(
+            "tx has no FLORA transformation that sees the gradients before anything else does. "
+            "Pass a flora_accumulate, or a flora_momentum that stands first; what must see full "
+            "gradients needs jax.value_and_grad."
+        )
 
 
-def first_states(opt_state: Any) -> list[Any]:
-    """The FLORA states that see gradients before any other transformation does."""
-    if isinstance(opt_state, _accumulate.FloraAccumulateState | _momentum.FloraMomentumState):
-        return [opt_state]
-    if type(opt_state) is tuple and opt_state:  # the state of a chain
-        return first_states(opt_state[0])
-    # Wrappers that hand on what they are given, and need not know what it is.
-    if isinstance(opt_state, _HAND_ON):
-        return first_states(opt_state.inner_state)
-    if isinstance(opt_state, optax.transforms.PartitionState):
-        inner_states = opt_state.inner_states.values()
-        return [state for inner in inner_states for state in first_states(inner)]
-    return []
-
-
-_HAND_ON = (
-    optax.MaskedState,
-    optax.InjectHyperparamsState,
-    optax.InjectStatefulHyperparamsState,
-)
-
-
-def _accumulates(state: Any) -> bool:
-    return isinstance(state, _accumulate.FloraAccumulateState)
+def with_keys(sketches: _sketches.Sketches) -> list[Born]:
+    """Per leaf what its sketch is made with in the cycle; dense ones too."""
+    keys, none = sketches.keys(), jnp.zeros((1, 2), jnp.uint32)
+    return [Born(leaf, keys.get(leaf.path, none), sketches) for leaf in sketches.plan]
 
 
 def differentiate(
     program: Program, found: dict[int, Born], totals: dict[int, jax.Array]
-) -> tuple[Any, dict[int, jax.Array], dict[int, jax.Array]]:
-    """Value, sketches and dense gradients, by number of the leaf, of a traced loss.
+) -> tuple[list[jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
+    """Results, sketches and dense gradients, by number of the leaf, of a traced loss.
 
     To `totals` the sketches are added, in place where XLA may; a leaf that cannot be followed
     through the program is not among them and has a dense gradient.
@@ -172,8 +181,7 @@ def differentiate(
     }
     (value, _), pull, aux = jax.vjp(loss, carriers, dense, has_aux=True)
     sketches, grads = pull((jnp.ones_like(value), seeds))
-    result = jax.tree.unflatten(jax.tree.structure(program.result), [value, *aux])
-    return result, sketches, grads
+    return [value, *aux], sketches, grads
 
 
 def refusals(program: Program, found: dict[int, Born]) -> dict[int, str]:
@@ -212,7 +220,10 @@ def _evaluate(
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
     r"""As `jax.value_and_grad`, with compressed leaves' gradients born as sketches.
 
@@ -231,20 +242,21 @@ def value_and_grad(
 
     Args:
       loss_fn: a function whose result is a real scalar, or a pair of it and anything else.
+      tx: the optimizer that the gradients are for: a `flora_accumulate`, a `flora_momentum` that
+        stands first, or what begins with one (chains, masks, partitions of them).
       argnums: which positional arguments to differentiate by: what `tx.init` was given; with
         several, the tuple of them.
       has_aux: whether `loss_fn` returns a pair `(loss, aux)`.
 
     Returns:
-      A function of the arguments of `loss_fn` and of `opt_state`, a keyword: the state of
-      `flora_accumulate`, or of a `flora_momentum` that stands first, or of a chain that begins with
-      one. It returns what `jax.value_and_grad` does, with a `Sketch` in the place of each
-      compressed gradient: equal to the compressed gradient to rounding. The sketches are drawn for
-      the state's current cycle: pass them to `tx.update` with that very state.
+      A function of the arguments of `loss_fn` and of `opt_state`, a keyword: the state of `tx`. It
+      returns what `jax.value_and_grad` does, with a `Sketch` in the place of each compressed
+      gradient: equal to the compressed gradient to rounding. The sketches are drawn for the state's
+      current cycle: pass them to `tx.update` with that very state.
 
     Raises:
-      ValueError: `opt_state` holds no FLORA state that sees gradients first, or was made for other
-        parameters.
+      ValueError: no FLORA transformation of `tx` sees gradients first, or `opt_state` was made for
+        other parameters.
       TypeError: the loss is not a real scalar, or a parameter is not of a floating-point dtype.
 
     >>> import florax, jax, jax.numpy as jnp, optax
@@ -253,7 +265,7 @@ def value_and_grad(
     >>> loss_fn = lambda params, x: jnp.mean((x @ params["kernel"] + params["bias"]) ** 2)
     >>> @jax.jit
     ... def micro_step(params, state, x):
-    ...     loss, grads = florax.value_and_grad(loss_fn)(params, x, opt_state=state)
+    ...     loss, grads = florax.value_and_grad(loss_fn, tx)(params, x, opt_state=state)
     ...     updates, state = tx.update(grads, state, params)
     ...     return optax.apply_updates(params, updates), state, grads
     >>> params, state, grads = micro_step(params, tx.init(params), jnp.ones((8, 512)))
@@ -266,16 +278,18 @@ def value_and_grad(
 
     def value_and_grad_fn(*args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
         program = trace_loss(loss_fn, argnums, has_aux, args, kwargs)
-        found = born(opt_state, program)
+        found = born(tx, opt_state, program)
         totals = {
             i: how.leaf.zeros(program.leaves[i], jnp.promote_types(how.leaf.dtype, jnp.float32))
             for i, how in found.items()
         }
-        value, sketches, dense = differentiate(program, found, totals)
+        results, sketches, dense = differentiate(program, found, totals)
         grads = [
-            _sketches.Sketch(sketches[i], found[i].leaf) if i in sketches else dense[i]
+            _sketches.Sketch.of(sketches[i], found[i].leaf, found[i].sketches.key_of(found[i].leaf))
+            if i in sketches
+            else dense[i]
             for i in range(len(program.leaves))
         ]
-        return value, jax.tree.unflatten(program.treedef, grads)
+        return program.result(results), jax.tree.unflatten(program.treedef, grads)
 
     return value_and_grad_fn

@@ -1,0 +1,117 @@
+"""Where projections come from: the base key, the words of a leaf, the keys of its matrices.
+
+A matrix's projection depends on the base key, the words of its leaf, its index in the stack and the
+cycle, and on nothing else: not on other leaves, the sharding or the number of devices.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry_2x32
+
+from florax import _checks, _leaves
+
+
+def base_key(key: Any) -> jax.Array:
+    """Raw threefry key data, shape `(2,)`, uint32, from an int or a JAX key of any kind.
+
+    Always a new array: a state that is donated must not take the caller's key along.
+    """
+    is_array = isinstance(key, jax.Array)
+    if _checks.is_int(key) or (
+        is_array and not key.shape and jnp.issubdtype(key.dtype, jnp.integer)
+    ):
+        return jax.random.key_data(jax.random.key(key, impl="threefry2x32"))
+    if is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and not key.shape:
+        if str(jax.random.key_impl(key)) == "threefry2x32":
+            return jnp.array(jax.random.key_data(key), copy=True)
+        return jax.random.bits(key, (2,), jnp.uint32)
+    if is_array and key.shape == (2,) and key.dtype == jnp.uint32:
+        return jnp.array(key, copy=True)
+    raise TypeError(f"key must be an int or a JAX PRNG key, got {key!r}. Pass e.g. key=0.")
+
+
+def words(label: Any) -> np.ndarray:
+    """64 bits of a label's digest as two words, the same in every process (`hash` is not)."""
+    digest = hashlib.blake2b(repr(label).encode(), digest_size=8).digest()
+    return np.frombuffer(digest, ">u4").astype(np.uint32)
+
+
+def fold(key: jax.Array, *data: jax.typing.ArrayLike) -> jax.Array:
+    """Fold integers into a raw threefry key, one after the other."""
+    for number in data:
+        key = fold_words(key, jnp.stack([jnp.uint32(0), jnp.asarray(number).astype(jnp.uint32)]))
+    return key
+
+
+def fold_words(key: jax.Array, words: jax.Array) -> jax.Array:
+    """Fold two words into a raw threefry key: it is their cipher."""
+    folded: jax.Array = threefry_2x32(key, words)
+    return folded
+
+
+def of_matrices(
+    leaves: Sequence[_leaves.Leaf],
+    words: Sequence[jax.Array],
+    key: jax.Array,
+    cycle: jax.typing.ArrayLike,
+) -> list[jax.Array]:
+    """Per leaf the keys of its matrices in a cycle, shape `(matrices, 2)`, uint32.
+
+    The base key with the index in the stack, the cycle and the leaf's words folded in, in this
+    order. So layer i of a stack is a leaf of its own with the base key `fold(key, i)`.
+    """
+    if not leaves:
+        return []
+    stacks: dict[tuple[int, ...], jax.Array] = {}
+    for leaf in leaves:
+        if leaf.stack_shape not in stacks:
+            stacks[leaf.stack_shape] = _of_stack(key, leaf.stack_shape)
+    keys = jnp.concatenate([stacks[leaf.stack_shape] for leaf in leaves])
+    own = [jnp.broadcast_to(w, (leaf.matrices, 2)) for w, leaf in zip(words, leaves, strict=True)]
+    # All together: folding is a handful of tiny kernels, and a model has hundreds of matrices.
+    keys = jax.vmap(lambda key, words: fold_words(fold(key, cycle), words))(
+        keys, jnp.concatenate(own)
+    )
+    bounds = np.cumsum([leaf.matrices for leaf in leaves])[:-1]
+    split: list[jax.Array] = jnp.split(keys, bounds)
+    return split
+
+
+def _of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The keys of a stack of that shape, row by row, shape `(matrices, 2)`."""
+    keys = key[None]
+    for size in shape:
+        indices = jnp.arange(size, dtype=jnp.uint32)
+        keys = jax.vmap(lambda k, i=indices: jax.vmap(fold, (None, 0))(k, i))(keys).reshape(-1, 2)
+    return keys
+
+
+def draw(leaves: Sequence[_leaves.Leaf], keys: Sequence[jax.Array]) -> list[jax.Array]:
+    """The projections of compressed leaves from the keys of their matrices.
+
+    Per leaf float32, shape `(*batch, rank, *columns)`.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        columns = tuple(leaf.shape[axis] for axis in leaf.columns)
+        groups.setdefault((leaf.projection, leaf.rank, columns), []).append(i)
+
+    # One call a group, not one a leaf: a call takes a quarter of a second to compile, and a model
+    # whose layers are not stacked has hundreds of leaves. Without the barrier XLA fuses the draw
+    # into every slice of it: minutes of compilation on a GPU where it now takes seconds.
+    drawn: dict[int, jax.Array] = {}
+    for (_, rank, columns), members in groups.items():
+        stacked = jnp.concatenate([keys[i] for i in members])
+        matrices = jax.vmap(leaves[members[0]].draw_matrix)(stacked)
+        matrices = jax.lax.optimization_barrier(matrices)  # type: ignore[no-untyped-call]
+        start = 0
+        for i in members:
+            stop = start + leaves[i].matrices
+            drawn[i] = matrices[start:stop].reshape(*leaves[i].stack_shape, rank, *columns)
+            start = stop
+    return [drawn[i] for i in range(len(leaves))]
