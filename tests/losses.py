@@ -3,6 +3,7 @@
 Sizes are chosen so that no activation, sketch or projection has as many entries as a weight.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -656,11 +657,11 @@ def check(case: Case, tx: Any = None, exact: bool = True) -> None:
     `exact`: what is not sketched is computed by the same operations in the same order.
     """
     tx = case.transformation() if tx is None else tx
-    state = tx.init(case.params)._replace(gradient_step=jnp.int32(3))
+    state = in_cycle(tx.init(case.params), 3)
 
     @jax.jit
     def born(params: Any, state: Any, *batch: Any) -> Any:
-        return florax.value_and_grad(case.loss)(params, *batch, opt_state=state)
+        return florax.value_and_grad(case.loss, tx)(params, *batch, opt_state=state)
 
     @jax.jit
     def both(params: Any, state: Any, drawn: list[jax.Array | None], *batch: Any) -> Any:
@@ -673,7 +674,7 @@ def check(case: Case, tx: Any = None, exact: bool = True) -> None:
     rows = florax.gradient_report(case.loss, tx, case.params, *case.batch).rows
     reasons = {row.path: row.reason for row in rows if row.sketch is None}
     for leaf, gradient, want in zip(state.sketch.plan, flat(gradients), wanted, strict=True):
-        reason, path = reasons.get(leaf.path), leaf.path.removesuffix(".value")
+        reason, path = reasons.get(leaf.path), leaf.path
         assert is_sketch(gradient) == (reason is None)
         if leaf.rank is not None:
             assert is_sketch(gradient) == (path not in case.dense), reason
@@ -699,17 +700,16 @@ class Wanted(NamedTuple):
     terms: int
 
 
+def in_cycle(state: Any, cycle: int) -> Any:
+    """The state of a transformation in another cycle."""
+    return state._replace(sketch=dataclasses.replace(state.sketch, cycle=jnp.int32(cycle)))
+
+
+@jax.jit
 def projections(state: Any) -> list[jax.Array | None]:
     """Of all leaves. Apart from the rest, as it takes most of the time to compile."""
-    cycle = state.gradient_step if hasattr(state, "gradient_step") else state.cycle
-    return [
-        None if leaf.rank is None else draw(leaf, state.key, cycle) for leaf in state.sketch.plan
-    ]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def draw(leaf: Any, key: jax.Array, cycle: jax.Array) -> jax.Array:
-    return leaf.draw(key, cycle)
+    drawn = state.sketch.draw()
+    return [drawn.get(leaf.path) for leaf in state.sketch.plan]
 
 
 def compressed(dense: Any, state: Any, drawn: list[jax.Array | None]) -> list[Wanted]:
@@ -753,7 +753,8 @@ PASSES_ON = {
 def gradients_of_full_size(jaxpr: Any, leaves: Any) -> list[str]:
     """The operations that compute a float array of the size of a leaf, or of one of its layers.
 
-    What only passes on a part or another form of a larger array, and so at last a weight, does not.
+    What only passes on a part or another form of a larger array, and so at last a weight, does not;
+    and what nobody reads is not computed.
     """
     sizes = {s for leaf in leaves for s in sizes_of(leaf)}
     found = []
@@ -780,12 +781,21 @@ def sizes_of(leaf: Any) -> set[int]:
 
 
 def equations(jaxpr: Any) -> Any:
-    """All equations of a program and of the programs in it."""
-    for equation in jaxpr.eqns:
+    """All equations of a program and of the programs in it, but for those that nobody reads."""
+    read, live = set(filter(is_variable, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not read.isdisjoint(equation.outvars):
+            read.update(filter(is_variable, equation.invars))
+            live.append(equation)
+    for equation in reversed(live):
         yield equation
         for param in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
             if is_jaxpr(param):
                 yield from equations(getattr(param, "jaxpr", param))
+
+
+def is_variable(node: Any) -> bool:
+    return not isinstance(node, core.Literal)
 
 
 def is_jaxpr(node: Any) -> bool:

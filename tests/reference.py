@@ -4,6 +4,8 @@ The projections are given: `projections[cycle]` is A, shape (rank, m), for the m
 projected side last.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -34,12 +36,14 @@ def matrices(name, side, x):
 
 def projections(state, cycles):
     """A of every leaf, in float64: a dict of (cycle, stack, rank, m)."""
-    draw = jax.jit(lambda c: [leaf.draw(state.key, c) for leaf in state.sketch.plan])
-    drawn = [[np.asarray(a, np.float64) for a in draw(cycle)] for cycle in range(cycles)]
-    return {
-        name: np.stack([a.reshape(-1, *a.shape[-2:]) for a in of_leaf])
-        for name, of_leaf in zip(sorted(LEAVES), zip(*drawn, strict=True), strict=True)
-    }
+    draw = jax.jit(lambda cycle: dataclasses.replace(state.sketch, cycle=cycle).draw())
+    drawn = [draw(cycle) for cycle in range(cycles)]
+
+    def of_leaf(path):
+        of_cycles = [np.asarray(matrices[path], np.float64) for matrices in drawn]
+        return np.stack([a.reshape(-1, *a.shape[-2:]) for a in of_cycles])
+
+    return {name: of_leaf(f"['{name}']") for name in LEAVES}
 
 
 def relative_error(got, wanted):

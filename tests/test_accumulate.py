@@ -1,6 +1,7 @@
 """Algorithm 1: equal to its reference, exactly `optax.MultiSteps` on what is not compressed."""
 
 import collections
+import dataclasses
 import functools
 
 import chex
@@ -33,9 +34,10 @@ def run(tx, grads):
 
 
 def projections(state, cycles):
-    (leaf,) = state.sketch.plan
-    draw = jax.jit(lambda cycle: leaf.draw(state.key, cycle))
-    return [np.asarray(draw(cycle), np.float64) for cycle in range(cycles)]
+    """A of the only leaf, a matrix, by cycle, in float64."""
+    draw = jax.jit(lambda cycle: dataclasses.replace(state.sketch, cycle=cycle).draw())
+    drawn = [tuple(draw(cycle).values()) for cycle in range(cycles)]
+    return [np.asarray(a, np.float64) for (a,) in drawn]
 
 
 # Each of the six by day, all combinations by night.
@@ -141,6 +143,7 @@ def test_dense_leaves_are_bit_equal_to_multisteps(base, every, skip):
     our_update, their_update = jax.jit(ours.update), jax.jit(theirs.update)
     updated = []
     for step in range(14):
+        before = int(s.gradient_step)
         scale = 10.0 if step in (3, 8) else 1.0  # skipped, where anything is
         grads = jax.tree.map(lambda x: scale * normal(step + 2, *x.shape), params)  # noqa: B023
         u, s = our_update(grads, s, p)
@@ -149,7 +152,8 @@ def test_dense_leaves_are_bit_equal_to_multisteps(base, every, skip):
         chex.assert_trees_all_equal(p, q)
         chex.assert_trees_all_equal(s.inner_opt_state, t.inner_opt_state)
         assert (s.mini_step, s.gradient_step) == (t.mini_step, t.gradient_step)
-        assert florax.has_updated(s) == theirs.has_updated(t)
+        # Optax's says of a skipped micro-step what it says of the one before.
+        assert florax.has_updated(s) == (s.gradient_step > before)
         chex.assert_trees_all_equal(s.skip_state, t.skip_state)
         updated.append(bool(florax.has_updated(s)))
     assert 2 <= sum(updated) < 14
@@ -242,7 +246,7 @@ def test_accumulate_and_finish_in_one_jit_are_updates_called_every_k_times(base,
 
     @jax.jit
     def whole_step(params, state, grads):
-        state, _ = jax.lax.scan(lambda s, g: (florax.accumulate(g, s), None), state, grads)
+        state, _ = jax.lax.scan(lambda s, g: (florax.accumulate(tx, g, s), None), state, grads)
         return florax.finish(tx, params, state)
 
     update = jax.jit(tx.update)
@@ -267,7 +271,7 @@ def test_accumulate_leaves_out_what_the_skip_function_rejects():
     params = jnp.zeros((20, 12))
     grads = normal(0, 3, 20, 12)
     poisoned = jnp.stack([grads[0], grads[1].at[0, 0].set(jnp.nan), grads[2]])
-    add = lambda s, g: (florax.accumulate(g, s), None)  # noqa: E731
+    add = lambda s, g: (florax.accumulate(tx, g, s), None)  # noqa: E731
     got, _ = jax.lax.scan(add, tx.init(params), poisoned)
     expected, _ = jax.lax.scan(add, tx.init(params), grads[jnp.array([0, 2])])
     assert got.mini_step == 2
@@ -286,7 +290,7 @@ def test_extra_arguments_reach_the_base_optimizer():
     updates, _ = tx.update(grad, tx.init(grad), grad, value=jnp.float32(3))
     assert_allclose(updates, 3 * grad)
     params, _ = florax.finish(
-        tx, grad, florax.accumulate(grad, tx.init(grad)), value=jnp.float32(3)
+        tx, grad, florax.accumulate(tx, grad, tx.init(grad)), value=jnp.float32(3)
     )
     assert_allclose(params, 4 * grad, rtol=1e-6)
 

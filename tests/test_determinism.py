@@ -1,5 +1,6 @@
 """A leaf's projection depends on the base key, its path, the cycle, the slice; on nothing else."""
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -15,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_array_equal, assert_array_max_ulp
 
 import florax
-from florax import _leaves
 
 KERNEL, LAYERS = "['kernel']", "['layers']"
 PARAMS = {
@@ -30,19 +30,22 @@ def projection(request):
     return request.param
 
 
-def plan(params, projection):
+def sketches(projection, *, params=PARAMS, key=0, cycle=7):
+    """What a state keeps of `params`, with all that its projections are drawn from."""
+
     def dimension_numbers(path, leaf):
         stack = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
         return stack if leaf.ndim == 3 else None
 
-    return _leaves.plan(params, 5, "smaller", projection, dimension_numbers)
+    tx = florax.flora_momentum(
+        5, key=key, projection=projection, dimension_numbers=dimension_numbers
+    )
+    return dataclasses.replace(tx.init(params).sketch, cycle=jnp.int32(cycle))
 
 
-def draw(path, projection, *, params=PARAMS, key=0, cycle=7):
+def draw(path, projection, **of):
     """A, shape (5, 16), of one leaf of `params`; of the stack, shape (3, 5, 16)."""
-    leaves = plan(params, projection)
-    drawn = _leaves.draw(leaves, _leaves.base_key(key), cycle)
-    return {leaf.path: a for leaf, a in zip(leaves, drawn, strict=True)}[path]
+    return sketches(projection, **of).draw()[path]
 
 
 def assert_independent(a, b):
@@ -111,22 +114,20 @@ def test_keys_of_another_kind_will_do_and_are_told_apart(projection):
 
 def test_jit_does_not_change_it(projection):
     """Inside of a larger program, where it could be fused with what uses it."""
-    leaves = plan(PARAMS, projection)
 
     @jax.jit
-    def inside(key, cycle):
-        drawn = _leaves.draw(leaves, key, cycle)
-        pairs = zip(leaves, drawn, strict=True)
-        return drawn, [leaf.compress(jnp.ones(leaf.shape), a) for leaf, a in pairs]
+    def inside(kept):
+        return kept.draw(), kept.compress([jnp.ones(leaf.shape) for leaf in kept.plan])
 
-    drawn, _ = inside(_leaves.base_key(0), jnp.int32(7))
-    for leaf, a in zip(leaves, drawn, strict=True):
-        assert_array_equal(a, draw(leaf.path, projection))
+    drawn, _ = inside(sketches(projection))
+    for path, a in drawn.items():
+        assert_array_equal(a, draw(path, projection))
 
 
 def test_a_leaf_drawn_alone_draws_the_same(projection):
-    for leaf in plan(PARAMS, projection):
-        assert_array_equal(leaf.draw(_leaves.base_key(0), 7), draw(leaf.path, projection))
+    kept = sketches(projection)
+    for leaf in kept.plan:
+        assert_array_equal(kept.draw([leaf])[leaf.path], draw(leaf.path, projection))
 
 
 def test_64_bit_mode_does_not_change_it(projection):
@@ -147,21 +148,22 @@ def test_devices_do_not_change_it(projection, axis_type):
     params = {"layers": jnp.zeros((2, 24, 16))}
     expected = draw(LAYERS, projection, params=params)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
-    (leaf,) = plan(params, projection)
+    kept = sketches(projection, params=params)
     with jax.set_mesh(mesh):
-        divided = jax.jit(leaf.draw, out_shardings=NamedSharding(mesh, P("y", None, "x")))
-        a = divided(_leaves.base_key(0), 7)
+        sharding = NamedSharding(mesh, P("y", None, "x"))
+        a = jax.jit(
+            lambda key: dataclasses.replace(kept, key=key).draw()[LAYERS], out_shardings=sharding
+        )(kept.key)
     assert not a.sharding.is_fully_replicated
     # The random bits are the same; XLA may round what is made of them in another order.
     assert_array_max_ulp(np.asarray(a), np.asarray(expected), maxulp=2)
 
 
 def test_saving_and_restoring_the_state_does_not_change_it(projection):
-    state = florax.flora_momentum(5, projection=projection).init(PARAMS)
-    again = pickle.loads(pickle.dumps(state))
-    for leaf, restored in zip(state.sketch.plan, again.sketch.plan, strict=True):
-        if leaf.rank is not None:
-            assert_array_equal(restored.draw(again.key, 3), leaf.draw(state.key, 3))
+    kept = sketches(projection)
+    again = pickle.loads(pickle.dumps(kept))
+    for path, a in kept.draw().items():
+        assert_array_equal(again.draw()[path], a)
 
 
 TRAIN = """

@@ -245,13 +245,25 @@ def test_update_takes_gradients_of_the_parameters_given_to_init(make, bad_gradie
         tx.update(grads, tx.init(PARAMS), PARAMS)
 
 
-def test_accumulate_and_finish_take_trees_like_the_parameters_given_to_init(bad_gradients):
+def test_accumulate_takes_gradients_of_the_parameters_given_to_init(bad_gradients):
     bad, error, message = bad_gradients
     tx = accumulate()
     state = tx.init(PARAMS)
     with pytest.raises(error, match=re.escape(message)):
-        florax.accumulate(bad, state)
-    with pytest.raises(error, match=re.escape(message)):
+        florax.accumulate(tx, bad, state)
+
+
+@pytest.mark.parametrize("count", [0, 1], ids=["nothing accumulated", "one accumulated"])
+def test_finish_takes_the_parameters_given_to_init(count, bad_gradients):
+    bad, error, message = bad_gradients
+    message = message.removeprefix("The gradient of ").replace(
+        "bias']\"], surplus [\"['b']", "bias']"
+    )
+    tx = accumulate()
+    state = tx.init(PARAMS)
+    for _ in range(count):
+        state = florax.accumulate(tx, PARAMS, state)
+    with pytest.raises(error, match=re.escape(message.removesuffix(", surplus []"))):
         florax.finish(tx, bad, state)
 
 
@@ -271,7 +283,7 @@ def test_a_side_too_long_for_exact_cosines_is_refused(make):
         None,
         (),
         momentum().init(PARAMS),
-        optax.chain(optax.clip(1.0), accumulate()).init(PARAMS),
+        optax.chain(optax.clip(1.0), momentum()).init(PARAMS),
         optax.MultiSteps(optax.sgd(0.1), 2).init(PARAMS),
     ],
     ids=lambda state: type(state).__name__,
@@ -280,22 +292,72 @@ def test_a_side_too_long_for_exact_cosines_is_refused(make):
     "name, call",
     [
         ("has_updated", florax.has_updated),
-        ("accumulate", lambda state: florax.accumulate(PARAMS, state)),
+        ("accumulate", lambda state: florax.accumulate(accumulate(), PARAMS, state)),
         ("finish", lambda state: florax.finish(accumulate(), PARAMS, state)),
+        (
+            "value_and_update",
+            lambda state: florax.value_and_update(jnp.sum, accumulate())(PARAMS, state, KERNEL),
+        ),
     ],
 )
-def test_the_state_of_something_else_is_refused(name, call, state):
-    expected = f"{name} takes the state of flora_accumulate, got a {type(state).__name__}"
-    with pytest.raises(TypeError, match=expected):
+def test_a_state_without_an_accumulation_in_it_is_refused(name, call, state):
+    expected = (
+        f"{name} takes the state of flora_accumulate, or one with it inside, got a "
+        f"{type(state).__name__}. Pass tx.init(params) of an optimizer with flora_accumulate."
+    )
+    with pytest.raises(TypeError, match=re.escape(expected)):
         call(state)
 
 
-@pytest.mark.parametrize(
-    "tx", [optax.sgd(0.1), momentum(), optax.chain(accumulate()), optax.MultiSteps(momentum(), 2)]
-)
-def test_finish_takes_what_flora_accumulate_returned(tx):
-    with pytest.raises(TypeError, match="finish takes what flora_accumulate returned as tx, got"):
-        florax.finish(tx, PARAMS, accumulate().init(PARAMS))
+OTHERS = {
+    "sum": accumulate(use_grad_mean=False),
+    "side": accumulate(side="larger"),
+    "projection": accumulate(projection="cosine"),
+    "rank": accumulate(rank=2),
+}
+UPDATES = {
+    "update": lambda tx, state: tx.update(PARAMS, state, PARAMS),
+    "accumulate": lambda tx, state: florax.accumulate(tx, PARAMS, state),
+    "finish": lambda tx, state: florax.finish(tx, PARAMS, state),
+}
+
+
+@pytest.mark.parametrize("tx", OTHERS.values(), ids=OTHERS.keys())
+@pytest.mark.parametrize("call", UPDATES.values(), ids=UPDATES.keys())
+def test_a_state_is_taken_under_the_settings_that_it_was_made_with_only(call, tx):
+    with pytest.raises(ValueError, match=r"was made under other settings than .*: .*, got "):
+        call(tx, accumulate().init(PARAMS))
+
+
+WRAPPERS = {
+    "adam": optax.adam(0.1),
+    "chain": optax.chain(accumulate(), optax.scale(2.0)),
+    "masked": optax.masked(accumulate(), True),
+    "multi_steps": optax.MultiSteps(momentum(), 2).gradient_transformation(),
+}
+STEPS = {
+    "finish": UPDATES["finish"],
+    "value_and_grad": lambda tx, state: florax.value_and_grad(loss, tx)(PARAMS, opt_state=state),
+    "value_and_update": lambda tx, state: florax.value_and_update(loss, tx)(PARAMS, state, KERNEL),
+}
+
+
+@pytest.mark.parametrize("tx", WRAPPERS.values(), ids=WRAPPERS.keys())
+@pytest.mark.parametrize("call", STEPS.values(), ids=STEPS.keys())
+def test_the_state_of_a_part_is_no_state_of_the_whole(call, tx):
+    with pytest.raises(ValueError, match="is no state of tx"):
+        call(tx, accumulate().init(PARAMS))
+
+
+@pytest.mark.parametrize("name", ["update", "accumulate", "finish", "value_and_update"])
+def test_a_momentum_takes_no_state_of_an_accumulation(name):
+    refusal = r"was made under other settings|reaches flora_accumulate through"
+    with pytest.raises(ValueError, match=refusal):
+        {**UPDATES, **STEPS}[name](momentum(), accumulate().init(PARAMS))
+
+
+def loss(params, *batch):
+    return jnp.sum(params["bias"]) + jnp.sum(params["layers"][0]["kernel"])
 
 
 @pytest.mark.parametrize("skip", [jnp.zeros(2, bool), jnp.float32(0)], ids=["vector", "float"])

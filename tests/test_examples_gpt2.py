@@ -134,10 +134,11 @@ def test_script_measures_memory_and_learns(comparison):
     assert none["accumulator_bytes"] == 0
     assert none["optimizer_bytes"] < flora["optimizer_bytes"]
     # At width 32 the matrices of a block have 12 * 32² weights, in float32. Rank 8 keeps a quarter
-    # of them, in the momentum and in the accumulator; besides, FLORA has a count and a key.
+    # of them, in the momentum and in the accumulator; besides, each has a key, a digest, a
+    # cycle, and for each of the 4 matrices two words; the momentum a count as well.
     saved = 12 * 32**2 * 4 * 3 // 4
     for kind in ("optimizer_bytes", "accumulator_bytes"):
-        assert 0 <= flora[kind] - (naive[kind] - saved) <= 16
+        assert 0 <= flora[kind] - (naive[kind] - saved) <= 8 + 8 + 4 + 4 * 8 + 4
     for run in (none, naive, flora):
         assert run["temporary_bytes"] > 0
         assert 0 <= run["BLEU"] <= 100

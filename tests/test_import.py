@@ -1,7 +1,6 @@
-"""Importing florax is free: no device is touched, hardly any time passes, no name is missing."""
+"""Importing florax is free: no device is touched, nothing else imported, no name is missing."""
 
 import os
-import statistics
 import subprocess
 import sys
 
@@ -11,10 +10,7 @@ PUBLIC_NAMES = {
     "FloraAccumulateState",
     "FloraDimensionNumbers",
     "FloraMomentumState",
-    "GradientReport",
-    "PerLayerState",
     "Sketch",
-    "StateReport",
     "accumulate",
     "attention_and_feed_forward",
     "finish",
@@ -23,8 +19,6 @@ PUBLIC_NAMES = {
     "flora_momentum",
     "gradient_report",
     "has_updated",
-    "layerwise_value_and_update",
-    "microbatch_accumulator",
     "per_layer",
     "state_report",
     "value_and_grad",
@@ -55,16 +49,13 @@ def test_importing_starts_no_backend():
     assert run.returncode != 0 and "no_such_platform" in run.stderr
 
 
-def test_importing_adds_less_than_a_tenth_of_a_second_to_importing_optax():
-    """In time of the processor, so that other work on the machine does not count."""
+def test_importing_florax_imports_no_other_package():
+    """Beside what Optax and NumPy import themselves."""
     program = """
-import sys, time, optax
-for _ in range(3):
-    start = time.process_time()
-    import florax
-    print(time.process_time() - start)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "florax"]:
-        del sys.modules[name]
+import sys, numpy, optax
+packages = lambda: {name.partition(".")[0] for name in sys.modules}
+before = packages()
+import florax
+print(*packages() - before)
 """
-    seconds = [float(line) for line in python(program).stdout.split()]
-    assert len(seconds) == 3 and statistics.median(seconds) < 0.1
+    assert python(program).stdout == "florax\n"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.random import threefry_2x32
 from numpy.testing import assert_allclose, assert_array_equal
 
 from florax import _projection
@@ -81,11 +82,11 @@ def test_cosine_rows_are_orthonormal(size):
 def test_cosine_entries_are_those_of_the_transform(size):
     """Against Python's integers: rows of wrong angles can be orthonormal too."""
     rank = min(size, 4)
-    key_rows, key_signs = jax.random.split(
-        jax.random.wrap_key_data(raw_key(size), impl="threefry2x32")
-    )
-    rows = [int(k) for k in jax.random.permutation(key_rows, size)[:rank]]
-    signs = 1 - 2.0 * np.asarray(jax.random.bits(key_signs, (size,), jnp.uint32) & 1)
+    positions = np.arange(size, dtype=np.uint32)
+    words = threefry_2x32(raw_key(size), np.concatenate([0 * positions, positions]))
+    order, negative = np.asarray(words).reshape(2, size)
+    rows = [int(k) for k in np.argsort(order, stable=True)[:rank]]
+    signs = 1 - 2.0 * (negative & 1)
     columns = [*range(min(size, 1500)), *range(size - min(size, 1500), size)]
     a = np.asarray(_projection.draw("cosine", raw_key(size), rank, (size,)), np.float64)
     for i, k in enumerate(rows):

@@ -19,6 +19,20 @@ def stacked(path, leaf):
     return florax.FloraDimensionNumbers(rows=1, columns=2, batch=0) if leaf.ndim == 3 else None
 
 
+def is_stack(path, leaf):
+    return leaf.ndim == 3
+
+
+def has_matrices(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def labels(params):
+    return jax.tree.map(lambda leaf: "flora" if leaf.ndim > 1 else "adam", params)
+
+
+# With a small eps Adam's update is a sign, which rounding in 16 bits may turn.
+ADAM = optax.adam(0.1, b2=0.9, eps=0.1)
 RANK = dict(rank=3, dimension_numbers=stacked)
 MOMENTUM = dict(**RANK, resample_every=2)
 ACCUMULATE = dict(**RANK, every_k_schedule=2)
@@ -29,12 +43,7 @@ TRANSFORMATIONS = {
         **MOMENTUM, projection="cosine", residual=True, nesterov=True
     ),
     "accumulate_adafactor": florax.flora_accumulate(optax.adafactor(0.1), **ACCUMULATE),
-    "accumulate_adam_cosine": florax.flora_accumulate(
-        # With a small eps Adam's update is a sign, which rounding in 16 bits may turn.
-        optax.adam(0.1, b2=0.9, eps=0.1),
-        **ACCUMULATE,
-        projection="cosine",
-    ),
+    "accumulate_adam_cosine": florax.flora_accumulate(ADAM, **ACCUMULATE, projection="cosine"),
     "accumulate_sgd_sum": florax.flora_accumulate(
         optax.sgd(0.1), **ACCUMULATE, use_grad_mean=False, side="larger"
     ),
@@ -42,6 +51,16 @@ TRANSFORMATIONS = {
         optax.chain(optax.adafactor(0.1), florax.flora_momentum(**MOMENTUM)), **ACCUMULATE
     ),
     "flora": florax.flora(0.1, **MOMENTUM),
+    "per_layer_adam": florax.per_layer(ADAM, is_stack),
+    "per_layer_flora": florax.per_layer(florax.flora(0.1, 3, resample_every=2), is_stack),
+    "accumulate_per_layer": florax.flora_accumulate(florax.per_layer(ADAM, is_stack), 2, rank=3),
+    "per_layer_accumulate": florax.per_layer(
+        florax.flora_accumulate(optax.sgd(0.1), 2, rank=3), is_stack
+    ),
+    "masked": optax.masked(florax.flora_momentum(**MOMENTUM), has_matrices),
+    "partition": optax.partition(
+        {"adam": ADAM, "flora": florax.flora_accumulate(optax.sgd(0.1), **ACCUMULATE)}, labels
+    ),
 }
 
 
@@ -50,7 +69,17 @@ def quickly(compile_quickly):
     """The contract is about types and values, not about speed."""
 
 
-@pytest.fixture(scope="module", params=TRANSFORMATIONS)
+# What is much like another one runs by night.
+SLOW = {"accumulate_adafactor", "masked", "per_layer_accumulate", "per_layer_adam"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in TRANSFORMATIONS
+    ],
+)
 def name(request):
     return request.param
 

@@ -38,7 +38,7 @@ def test_map_params_with_the_identity_changes_nothing(tx, params):
     chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, state), state)
 
 
-def test_map_params_does_not_take_sketches_for_parameters(tx, params):
+def test_map_params_does_not_take_sketches_for_parameters(tx, name, params):
     state = tx.init(params)
     marked = optax.tree.map_params(
         tx,
@@ -46,17 +46,32 @@ def test_map_params_does_not_take_sketches_for_parameters(tx, params):
         state,
         {name: f"like {name}" for name in params},
         transform_non_params=lambda _: "other",
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     sketches = optax.tree.get_all_with_path(marked, "sketch")
-    assert sketches and all(value == "other" for _, value in sketches)
+    assert bool(sketches) == (name != "per_layer_adam")
+    assert all(value == "other" for _, value in sketches)
 
 
-def test_map_params_gives_a_tree_of_shardings_that_places_the_state(params):
+ADAM = optax.adam(0.1)
+SHARDED = {
+    "accumulate": florax.flora_accumulate(ADAM, every_k_schedule=2, rank=3),
+    "per_layer": florax.per_layer(ADAM, {"bias": False, "kernel": False, "layers": True}),
+    "accumulate_per_layer": florax.flora_accumulate(
+        florax.per_layer(ADAM, {"bias": False, "kernel": False, "layers": True}), 2, rank=3
+    ),
+}
+
+
+@pytest.mark.parametrize("tx", SHARDED.values(), ids=SHARDED.keys())
+def test_map_params_gives_a_tree_of_shardings_that_places_the_state(tx):
+    """Adam's moments as the parameters, be it of layers; the sketches like the counts."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    tx = florax.flora_accumulate(optax.adam(0.1), every_k_schedule=2, rank=3)
+    params = {"bias": jnp.ones(8), "kernel": jnp.ones((12, 8)), "layers": jnp.ones((2, 8, 12))}
     like_params = {
         "bias": NamedSharding(mesh, PartitionSpec("x")),
         "kernel": NamedSharding(mesh, PartitionSpec("x", None)),
+        "layers": NamedSharding(mesh, PartitionSpec(None, None, "x")),
     }
     replicated = NamedSharding(mesh, PartitionSpec())
     state = tx.init(params)
@@ -65,8 +80,11 @@ def test_map_params_gives_a_tree_of_shardings_that_places_the_state(params):
     )
     placed = jax.jit(lambda state: state, out_shardings=shardings)(state)
     chex.assert_trees_all_equal(placed, state)
-    assert jax.tree.map(lambda x: x.sharding, placed.inner_opt_state[0].mu) == like_params
-    assert all(x.sharding == replicated for x in jax.tree.leaves(placed.sketch))
+    for moments in (optax.tree.get(placed, "mu"), optax.tree.get(placed, "nu")):
+        assert jax.tree.map(lambda x: x.sharding, moments) == like_params
+    kept = [value for _, value in optax.tree.get_all_with_path(placed, "sketch")]
+    kept += [value for _, value in optax.tree.get_all_with_path(placed, "count")]
+    assert kept and all(x.sharding == replicated for x in jax.tree.leaves(kept))
 
 
 # --- optax.inject_hyperparams

@@ -197,7 +197,7 @@ def test_an_nnx_optimizer_takes_sketches(nnx):
                 return losses.size(nnx.merge(graph, params, rest)(x) - 1)
 
             if sketched:
-                loss, grads = florax.value_and_grad(loss_fn)(
+                loss, grads = florax.value_and_grad(loss_fn, tx)(
                     params, x, opt_state=nnx.as_pure(optimizer.opt_state)
                 )
             else:

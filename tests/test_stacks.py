@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import florax
+from florax import _stacks
 
 LAYERS = 3
 STACK = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
@@ -78,8 +79,9 @@ def test_it_is_the_transformation_applied_to_each_layer_by_itself(opt):
     of_rest = [{name: g[name] for name in alone} for g in GRADIENTS]
     expected, rest = run(opt, alone, of_rest)
     chex.assert_trees_all_equal({name: updates[name] for name in alone}, expected)
-    chex.assert_trees_all_equal(jax.tree.leaves(state.rest), jax.tree.leaves(rest))
-    for layers, (name, height) in zip(state.layers, HEIGHTS.items(), strict=True):
+    parts = _stacks._split(state, PARAMS)
+    chex.assert_trees_all_equal(jax.tree.leaves(parts.rest), jax.tree.leaves(rest))
+    for layers, (name, height) in zip(parts.layers, HEIGHTS.items(), strict=True):
         for i in range(height):
             expected, own = run(opt, *one(name, i))
             chex.assert_trees_all_equal(
@@ -120,11 +122,11 @@ def test_a_layer_has_the_projections_that_it_has_in_a_stack(arguments):
     layer_by_layer, state = run(florax.per_layer(momentum(**arguments), STACKED))
     whole, of_whole = run(momentum(**arguments, dimension_numbers=dimension_numbers))
     chex.assert_trees_all_close(layer_by_layer, whole, **CLOSE)
-    for layers, name in zip(state.layers, HEIGHTS, strict=True):
+    for layers, name in zip(_stacks._split(state, PARAMS).layers, HEIGHTS, strict=True):
         chex.assert_trees_all_close(
             layers.sketch.arrays[name], of_whole.sketch.arrays[name], **CLOSE
         )
-        assert layers.cycle.shape == layers.count.shape == (HEIGHTS[name],)
+        assert layers.sketch.cycle.shape == layers.count.shape == (HEIGHTS[name],)
 
 
 def test_layers_have_projections_of_their_own():
@@ -132,7 +134,7 @@ def test_layers_have_projections_of_their_own():
     params = {"layers": jnp.zeros((LAYERS, 12, 8))}
     same = {"layers": jnp.broadcast_to(normal(7, 12, 8), (LAYERS, 12, 8))}
     _, state = run(florax.per_layer(momentum(), True), params, [same])
-    (layers,) = state.layers
+    (layers,) = _stacks._split(state, params).layers
     sketches = layers.sketch.arrays["layers"]
     for i in range(LAYERS):
         for j in range(i):
@@ -156,8 +158,19 @@ def test_its_state_is_known_from_shapes_and_keeps_them(opt):
     chex.assert_trees_all_equal_shapes_and_dtypes(state, expected)
     after = jax.eval_shape(tx.update, shapes, state, shapes)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, (shapes, expected))
-    leading = [{x.shape[0] for x in jax.tree.leaves(layers)} for layers in state.layers]
+    parts = _stacks._split(state, PARAMS)
+    leading = [{x.shape[0] for x in jax.tree.leaves(layers)} for layers in parts.layers]
     assert leading == [{height} for height in HEIGHTS.values()]
+
+
+def test_what_is_kept_like_the_parameters_is_a_tree_like_the_parameters():
+    """And what is kept beside them is there once for every layer."""
+    counts = _stacks.Parts(tuple(jnp.zeros(n, jnp.int32) for n in HEIGHTS.values()), jnp.int32(0))
+    zeros = optax.tree.zeros_like(PARAMS)
+    (adam, _) = florax.per_layer(optax.adam(0.1), STACKED).init(PARAMS).inner
+    chex.assert_trees_all_equal(adam, optax.ScaleByAdamState(counts, zeros, zeros))
+    (adam, _) = florax.per_layer(optax.adam(0.1), False).init(PARAMS).inner
+    chex.assert_trees_all_equal(adam.count, _stacks.Parts((), jnp.int32(0)))
 
 
 def test_it_is_compiled_once():
@@ -260,5 +273,6 @@ def test_the_tree_of_stacks_matches_the_parameters(stacked):
 
 def test_updates_are_like_the_parameters():
     tx = florax.per_layer(optax.adam(0.1), STACKED)
-    with pytest.raises(ValueError, match="per_layer was made for 6 leaves, got 1"):
-        tx.update({"bias": PARAMS["bias"]}, tx.init(PARAMS), PARAMS)
+    state, fewer = tx.init(PARAMS), {"bias": PARAMS["bias"], "head": PARAMS["head"]}
+    with pytest.raises(ValueError, match="per_layer was made for 6 leaves, got 2: missing"):
+        tx.update(fewer, state, PARAMS)

@@ -122,7 +122,7 @@ def test_a_step_may_begin_with_what_was_accumulated_before():
     tx = accumulate(ADAM, MICRO_BATCHES + 2)
     before = jax.tree.map(lambda x: x[0] + jnp.ones_like(x[0]), BATCHES)
     grads = jax.jit(jax.grad(loss_fn))(PARAMS, *before)
-    accumulated = jax.jit(florax.accumulate)
+    accumulated = jax.jit(functools.partial(florax.accumulate, tx))
     state = accumulated(grads, accumulated(grads, tx.init(PARAMS)))
     got = step(tx)(PARAMS, state, *BATCHES)
     chex.assert_trees_all_close(got, loop(tx)(PARAMS, state, *BATCHES), **CLOSE)
@@ -185,14 +185,14 @@ def test_a_step_holds_no_gradient_of_full_size():
     def accumulated(grad):
         def run(params, state, *batches):
             def micro_step(state, batch):
-                return florax.accumulate(grad(params, state, batch), state), None
+                return florax.accumulate(tx, grad(params, state, batch), state), None
 
             return jax.lax.scan(micro_step, state, batches)
 
         return jax.make_jaxpr(run)(PARAMS, state, *BATCHES).jaxpr
 
     def born(params, state, batch):
-        return florax.value_and_grad(loss_fn)(params, *batch, opt_state=state)[1]
+        return florax.value_and_grad(loss_fn, tx)(params, *batch, opt_state=state)[1]
 
     def dense(params, state, batch):
         return jax.grad(loss_fn)(params, *batch)
@@ -225,15 +225,61 @@ def test_a_step_is_compiled_once():
     assert traces == before
 
 
+# --- the loss and what comes with it reach the optimizer
+
+
+def test_the_optimizer_is_given_the_mean_loss_and_the_extra_arguments():
+    """As Optax's own optimizers are that look at the value of the loss."""
+
+    def update(updates, state, params=None, *, value, factor, **_):
+        return jax.tree.map(lambda g: -factor * g, updates), value
+
+    base = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros([]), update)
+    tx = accumulate(base)
+    loss, params, state = step(tx)(PARAMS, tx.init(PARAMS), *BATCHES, factor=jnp.float32(0.1))
+    assert state.inner_opt_state == loss
+    expected = accumulate(optax.sgd(0.1))
+    chex.assert_trees_all_close(
+        params, step(expected)(PARAMS, expected.init(PARAMS), *BATCHES)[1], **CLOSE
+    )
+
+
+def test_a_value_that_is_passed_stands_for_the_loss():
+    tx = accumulate(optax.GradientTransformationExtraArgs(lambda params: jnp.zeros([]), of_value))
+    *_, state = step(tx)(PARAMS, tx.init(PARAMS), *BATCHES, value=jnp.float32(7))
+    assert state.inner_opt_state == 7
+
+
+def of_value(updates, state, params=None, *, value, **_):
+    return updates, value
+
+
 # --- what it is given
 
 
-@pytest.mark.parametrize(
-    "tx", [optax.sgd(0.1), florax.flora_momentum(2), optax.chain(accumulate(optax.sgd(0.1)))]
-)
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), florax.flora_momentum(2)], ids=["sgd", "momentum"])
 def test_only_an_accumulation_makes_steps(tx):
-    with pytest.raises(TypeError, match="value_and_update takes what flora_accumulate returned"):
-        florax.value_and_update(loss_fn, tx)
+    with pytest.raises(TypeError, match="value_and_update takes the state of flora_accumulate, or"):
+        florax.value_and_update(loss_fn, tx)(PARAMS, tx.init(PARAMS), *BATCHES)
+
+
+BESIDE = {
+    "clipped before": (
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+        "tx has no FLORA transformation that sees the gradients before anything else",
+    ),
+    "per_layer around": (
+        lambda tx: florax.per_layer(tx, {**dict.fromkeys(PARAMS, False), "blocks": True}),
+        "value_and_update reaches flora_accumulate through chains, .* such as per_layer, inside",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap, message", BESIDE.values(), ids=BESIDE.keys())
+def test_what_an_accumulation_is_not_reached_through_makes_no_step(wrap, message):
+    tx = wrap(accumulate(optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(florax.value_and_update(loss_fn, tx), PARAMS, tx.init(PARAMS), *BATCHES)
 
 
 def test_a_step_takes_the_state_of_its_transformation():
@@ -254,6 +300,16 @@ def test_a_step_needs_micro_batches():
 # --- optax.microbatch
 
 
+def accumulator(tx, state):
+    """Adds gradients, full-size or born compressed, to a state, one micro-batch at a time."""
+    return optax.microbatching.Accumulator(
+        init=lambda shapes: state,
+        update=lambda state, grads, index: florax.accumulate(tx, grads, state),
+        finalize=lambda state: state,
+        aggregate=lambda grads: grads,  # only `optax.microbatching.micro_vmap` calls it
+    )
+
+
 @pytest.mark.parametrize("sketched", [False, True], ids=["dense", "sketched"])
 def test_optax_microbatch_accumulates_as_the_loop_does(sketched):
     tx = accumulate(optax.sgd(0.1))
@@ -261,27 +317,14 @@ def test_optax_microbatch_accumulates_as_the_loop_does(sketched):
 
     def grads(params, state, *batch):
         if sketched:
-            return florax.value_and_grad(loss_fn)(params, *batch, opt_state=state)[1]
+            return florax.value_and_grad(loss_fn, tx)(params, *batch, opt_state=state)[1]
         return jax.grad(loss_fn)(params, *batch)
 
     @jax.jit
     def run(params, state, *batch):
-        accumulator = florax.microbatch_accumulator(state)
-        micro = optax.microbatch(
-            functools.partial(grads, params, state), (0, 1), losses.TOKENS, accumulator
-        )
+        of_params = functools.partial(grads, params, state)
+        micro = optax.microbatch(of_params, (0, 1), losses.TOKENS, accumulator(tx, state))
         return florax.finish(tx, params, micro(*batch))
 
     got = run(PARAMS, tx.init(PARAMS), *together)
     chex.assert_trees_all_close(got, loop(tx)(PARAMS, tx.init(PARAMS), *BATCHES)[1:], **CLOSE)
-
-
-def test_an_accumulator_is_made_of_the_state_of_an_accumulation():
-    with pytest.raises(TypeError, match="microbatch_accumulator takes the state of flora_accumul"):
-        florax.microbatch_accumulator(optax.adam(0.1).init(PARAMS))
-
-
-def test_an_accumulator_does_not_add_what_was_mapped():
-    accumulator = florax.microbatch_accumulator(accumulate(optax.sgd(0.1)).init(PARAMS))
-    with pytest.raises(TypeError, match=r"use optax.microbatch, not optax.*micro_vmap"):
-        accumulator.aggregate(PARAMS)

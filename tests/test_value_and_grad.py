@@ -97,6 +97,12 @@ def accumulate(rank=losses.RANK, **arguments):
     return florax.flora_accumulate(optax.sgd(0.1), 2, rank, **arguments)
 
 
+def born(loss, tx, params, *batch, **arguments):
+    """The loss and its gradients at the start of training."""
+    value_and_grad = florax.value_and_grad(loss, tx, **arguments)
+    return value_and_grad(params, *batch, opt_state=tx.init(params))
+
+
 def shapes(gradients):
     """Per leaf the shape of its sketch, in a tuple of one, or of its gradient."""
     return jax.tree.map(
@@ -114,27 +120,28 @@ def test_argnums_may_be_a_tuple_and_count_from_the_end():
         return two_products({"up": up, "down": down}, x)
 
     up, down = PARAMS["up"], PARAMS["down"]
-    state = accumulate().init((up, down))
+    tx = accumulate()
+    state = tx.init((up, down))
     born = jax.jit(
-        lambda argnums: florax.value_and_grad(loss, argnums)(X, up, down, opt_state=state),
+        lambda argnums: florax.value_and_grad(loss, tx, argnums)(X, up, down, opt_state=state),
         static_argnums=0,
     )
     value, (of_up, of_down) = born((1, 2))
     assert (shapes(of_up), shapes(of_down)) == (SKETCHES["up"], SKETCHES["down"])
     chex.assert_trees_all_equal((value, (of_up, of_down)), born((-2, -1)), born((1, -1)))
 
-    alone = accumulate().init(down)
-    _, of_one = florax.value_and_grad(loss, argnums=-1)(X, up, down, opt_state=alone)
+    alone = tx.init(down)
+    _, of_one = florax.value_and_grad(loss, tx, argnums=-1)(X, up, down, opt_state=alone)
     assert shapes(of_one) == SKETCHES["down"]
-    in_a_tuple = accumulate().init((down,))
-    _, (of_one,) = florax.value_and_grad(loss, argnums=(-1,))(X, up, down, opt_state=in_a_tuple)
+    in_a_tuple = tx.init((down,))
+    _, (of_one,) = florax.value_and_grad(loss, tx, argnums=(-1,))(X, up, down, opt_state=in_a_tuple)
     assert shapes(of_one) == SKETCHES["down"]
 
 
 @pytest.mark.parametrize("argnums", [1, -2, (0, 1), 0.0, "0", True])
 def test_argnums_number_positional_arguments(argnums):
     with pytest.raises(ValueError, match=f"argnums must number .* got {re.escape(repr(argnums))}"):
-        florax.value_and_grad(lambda w: jnp.sum(w), argnums)(X, opt_state=accumulate().init(X))
+        born(lambda w: jnp.sum(w), accumulate(), X, argnums=argnums)
 
 
 def test_the_loss_may_take_keywords_and_what_is_no_array():
@@ -143,7 +150,7 @@ def test_the_loss_may_take_keywords_and_what_is_no_array():
 
     @jax.jit
     def step(scale):
-        return florax.value_and_grad(two_products)(
+        return florax.value_and_grad(two_products, tx)(
             PARAMS, X, None, scale=scale, activation="sin", opt_state=state
         )
 
@@ -159,8 +166,8 @@ def test_aux_may_be_anything_and_hold_weights():
         return losses.size(y), aux
 
     tx = accumulate()
-    born = florax.value_and_grad(loss, has_aux=True)
-    (value, aux), grads = jax.jit(lambda p, s, x: born(p, x, opt_state=s))(
+    with_aux = florax.value_and_grad(loss, tx, has_aux=True)
+    (value, aux), grads = jax.jit(lambda p, s, x: with_aux(p, x, opt_state=s))(
         PARAMS, tx.init(PARAMS), X
     )
     expected, expected_aux = jax.jit(loss)(PARAMS, X)
@@ -172,13 +179,10 @@ def test_aux_may_be_anything_and_hold_weights():
 
 
 def test_parameters_may_be_one_array_a_list_or_a_tree_with_holes():
-    state = accumulate().init(PARAMS["up"])
-    _, grad = florax.value_and_grad(lambda w: losses.size(X @ w))(PARAMS["up"], opt_state=state)
+    _, grad = born(lambda w: losses.size(X @ w), accumulate(), PARAMS["up"])
     assert shapes(grad) == SKETCHES["up"]
     params = [PARAMS["up"], None, (PARAMS["down"],), {}]
-    _, grads = florax.value_and_grad(lambda p: losses.size(X @ p[0] @ p[2][0]))(
-        params, opt_state=accumulate().init(params)
-    )
+    _, grads = born(lambda p: losses.size(X @ p[0] @ p[2][0]), accumulate(), params)
     assert shapes(grads) == [SKETCHES["up"], None, (SKETCHES["down"],), {}]
 
 
@@ -193,15 +197,13 @@ def test_parameters_may_be_one_array_a_list_or_a_tree_with_holes():
     ],
 )
 def test_the_loss_is_a_real_scalar(loss, message):
-    state = accumulate().init(PARAMS["up"])
     with pytest.raises(TypeError, match=message):
-        florax.value_and_grad(loss)(PARAMS["up"], opt_state=state)
+        born(loss, accumulate(), PARAMS["up"])
 
 
 def test_with_aux_the_loss_returns_a_pair():
-    state = accumulate().init(PARAMS["up"])
     with pytest.raises(TypeError, match="has_aux=True the loss must return a pair"):
-        florax.value_and_grad(jnp.sum, has_aux=True)(PARAMS["up"], opt_state=state)
+        born(jnp.sum, accumulate(), PARAMS["up"], has_aux=True)
 
 
 # --- states
@@ -214,6 +216,7 @@ WRAPPED = {
         florax.flora_momentum(losses.RANK), optax.sgd(0.1)
     ),
     "chain in a chain": lambda: optax.chain(optax.chain(accumulate())),
+    "named_chain": lambda: optax.named_chain(("flora", accumulate()), ("more", optax.scale(2.0))),
     "masked": lambda: optax.masked(accumulate(), {"up": True, "down": True}),
     "inject_hyperparams": lambda: optax.inject_hyperparams(
         lambda decay: florax.flora_momentum(losses.RANK, decay)
@@ -237,7 +240,7 @@ def test_states_that_see_gradients_first_take_sketches_in_place_of_gradients(nam
     def steps(params, state, x):
         def both(states, x):
             born_state, dense_state = states
-            _, born = florax.value_and_grad(two_products)(params, x, opt_state=born_state)
+            _, born = florax.value_and_grad(two_products, tx)(params, x, opt_state=born_state)
             assert shapes(born) == SKETCHES
             dense = jax.grad(two_products)(params, x)
             born, born_state = tx.update(born, born_state, params)
@@ -258,8 +261,7 @@ CLOSE = dict(rtol=1e-5, atol=3e-6)
 
 def test_only_what_a_mask_selects_is_sketched():
     tx = optax.masked(accumulate(), {"up": True, "down": False})
-    state = tx.init(PARAMS)
-    _, grads = florax.value_and_grad(two_products)(PARAMS, X, opt_state=state)
+    _, grads = born(two_products, tx, PARAMS, X)
     assert shapes(grads) == {**SKETCHES, "down": (13, 11)}
     reasons = {
         row.path: row.reason for row in florax.gradient_report(two_products, tx, PARAMS, X).rows
@@ -281,10 +283,12 @@ def test_only_what_a_mask_selects_is_sketched():
 )
 def test_a_state_that_does_not_see_gradients_first_is_refused(tx):
     for call in (
-        lambda: florax.value_and_grad(two_products)(PARAMS, X, opt_state=tx.init(PARAMS)),
+        lambda: born(two_products, tx, PARAMS, X),
         lambda: florax.gradient_report(two_products, tx, PARAMS, X),
     ):
-        with pytest.raises(ValueError, match="no FLORA state that sees the gradients before"):
+        with pytest.raises(
+            ValueError, match="no FLORA transformation that sees the gradients before"
+        ):
             call()
 
 
@@ -298,33 +302,34 @@ def test_a_state_that_does_not_see_gradients_first_is_refused(tx):
     ids=["shape", "name", "tree"],
 )
 def test_the_state_of_other_parameters_is_refused(other):
-    state = accumulate().init(other)
+    tx = accumulate()
+    state = tx.init(other)
     with pytest.raises(ValueError, match=r"opt_state was made for parameters with .* of shape"):
-        florax.value_and_grad(two_products)(PARAMS, X, opt_state=state)
+        florax.value_and_grad(two_products, tx)(PARAMS, X, opt_state=state)
 
 
 def test_integers_cannot_be_differentiated_by():
+    tx = accumulate()
     with pytest.raises(TypeError, match="dtype int32; only real floating-point"):
-        florax.value_and_grad(lambda w, n: jnp.sum(w), (0, 1))(
-            PARAMS["up"], 3, opt_state=accumulate().init((PARAMS["up"],))
+        florax.value_and_grad(lambda w, n: jnp.sum(w), tx, (0, 1))(
+            PARAMS["up"], 3, opt_state=tx.init((PARAMS["up"],))
         )
 
 
 def sketches(tx=None):
     tx = accumulate() if tx is None else tx
-    return florax.value_and_grad(two_products)(PARAMS, X, opt_state=tx.init(PARAMS))[1]
+    return born(two_products, tx, PARAMS, X)[1]
 
 
 def test_sketches_add_and_scale_as_gradients_do():
     """The sum of the sketches is the sketch of the sum."""
-    state = accumulate().init(PARAMS)
-    born = jax.jit(lambda x: florax.value_and_grad(two_products)(PARAMS, x, opt_state=state)[1])
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, born(X), born(X + 1))
+    gradients = jax.jit(lambda x: born(two_products, accumulate(), PARAMS, x)[1])
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, gradients(X), gradients(X + 1))
 
     def both(params, x):
         return (two_products(params, X) + two_products(params, X + 1)) / 2
 
-    of_mean = jax.jit(lambda: florax.value_and_grad(both)(PARAMS, X, opt_state=state)[1])()
+    of_mean = jax.jit(lambda: born(both, accumulate(), PARAMS, X)[1])()
     chex.assert_trees_all_close(mean, of_mean, **CLOSE)
 
 
@@ -362,7 +367,7 @@ def test_the_sketch_of_another_transformation_is_refused(call, other):
         if call == "update":
             tx.update(sketches(accumulate(**other)), state, PARAMS)
         else:
-            florax.accumulate(sketches(accumulate(**other)), state)
+            florax.accumulate(tx, sketches(accumulate(**other)), state)
 
 
 def test_residual_momentum_needs_full_gradients():
@@ -385,19 +390,13 @@ def arrays(gradients):
 
 
 def test_it_may_be_mapped_over_batches():
-    state = accumulate().init(PARAMS)
-    x = losses.tokens(3)
-
-    @jax.jit
-    def born(x):
-        return jax.vmap(
-            lambda x: florax.value_and_grad(two_products)(PARAMS, x, opt_state=state)[1]
-        )(x)
-
+    tx, x = accumulate(), losses.tokens(3)
+    state = tx.init(PARAMS)
+    sketched = jax.jit(jax.vmap(lambda x: born(two_products, tx, PARAMS, x)[1]))
     dense = jax.jit(jax.vmap(jax.grad(two_products), (None, 0)))(PARAMS, x)
     for i in range(3):
         wanted = sketch_of(jax.tree.map(lambda g, i=i: g[i], dense), state)
-        got = [array[i] for array in arrays(born(x))]
+        got = [array[i] for array in arrays(sketched(x))]
         chex.assert_trees_all_close(got, wanted, **CLOSE)
 
 
@@ -411,7 +410,7 @@ def test_it_may_be_mapped_over_models(name):
     @jax.jit
     def both(several, states):
         def one(params, state):
-            _, born = florax.value_and_grad(case.loss)(params, *case.batch, opt_state=state)
+            _, born = florax.value_and_grad(case.loss, tx)(params, *case.batch, opt_state=state)
             return arrays(born), jax.grad(case.loss)(params, *case.batch)
 
         return jax.vmap(one)(several, states)
@@ -447,7 +446,7 @@ def test_devices_may_each_have_their_share_of_the_batch(name, check_vma):
         )
 
     def born(params, state, x):
-        return florax.value_and_grad(case.loss)(params, x, opt_state=state)[1]
+        return florax.value_and_grad(case.loss, tx)(params, x, opt_state=state)[1]
 
     def dense(params, state, x):
         return jax.grad(case.loss)(params, x)
