@@ -57,7 +57,7 @@ def measure(s: Settings) -> dict[str, Any]:
         return jax.value_and_grad(loss_fn)(matrices, others, batch)
 
     def sketched(matrices: Any, state: Any, others: Any, batch: Any) -> Any:
-        return florax.value_and_grad(loss_fn)(matrices, others, batch, opt_state=state)
+        return florax.value_and_grad(loss_fn, tx)(matrices, others, batch, opt_state=state)
 
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")), "data")
     replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))

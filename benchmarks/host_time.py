@@ -56,7 +56,6 @@ def measure(s: Settings) -> dict[str, Any]:
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     def reported(params: Any) -> float:
-        # A new one each time, since it remembers the shapes that it has seen.
         momentum = florax.flora_momentum(
             lambda path, leaf: None if "bias" in path[-1].key else s.rank,  # a stack of them is 2-D
             dimension_numbers=lambda path, leaf: stack if len(leaf.shape) == 3 else None,

@@ -5,8 +5,8 @@
     multisteps  the same by `optax.MultiSteps`: a jit call a micro-batch
     dense       FLORA as in the paper: full-size gradients, each then added to sketches
     sketched    `florax.value_and_update`: gradients born as sketches
-    layerwise   `florax.layerwise_value_and_update`, with FLORA momentum of the compressed
-                matrices, no accumulation
+    layerwise   `florax.value_and_update(..., layerwise=True)`, with FLORA momentum of the
+                compressed matrices, no accumulation
     layerwise-accumulate   the same, with accumulation and without momentum
     galore      `optax.contrib.galore`, no accumulation; within `florax.per_layer`, as it knows no
                 stacks of layers
@@ -54,7 +54,7 @@ class Method(NamedTuple):
     calls: int
 
 
-def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str, batch: Any) -> Method:
+def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Method:
     """The method of this name, for a model of models.py.
 
     Args:
@@ -63,7 +63,6 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str, batch:
       accumulate: micro-batches an update.
       rank: of attention and feed-forward matrices; the others stay dense, as in the paper.
       side: of a matrix, to be projected: "larger" or "smaller".
-      batch: the shapes of a micro-batch.
     """
     adafactor = optax.adafactor(LEARNING_RATE)
 
@@ -86,14 +85,14 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str, batch:
         step = dense(loss_fn, tx) if name == "dense" else florax.value_and_update(loss_fn, tx)
         return Method(tx.init, step, accumulate, 1)
     if name == "layerwise":
-        tx = optax.chain(adafactor, optax.masked(florax.flora_momentum(rank, side=side), matrices))
-        init, step = florax.layerwise_value_and_update(loss_fn, tx)
-        return Method(lambda p: init(p, batch), lambda p, s, b: step(p, s, first(b)), 1, 1)
+        momentum = optax.masked(florax.flora_momentum(rank, side=side), matrices)
+        tx = florax.per_layer(optax.chain(adafactor, momentum), models.is_stacked)
+        step = florax.value_and_update(loss_fn, tx, layerwise=True)
+        return Method(tx.init, lambda p, s, b: step(p, s, first(b)), 1, 1)
     if name == "layerwise-accumulate":
-        tx = florax.flora_accumulate(adafactor, accumulate, ranks, side=side)
-        init, step = florax.layerwise_value_and_update(loss_fn, tx)
-        batches = stacked_shapes(batch, accumulate)
-        return Method(lambda p: init(p, batches), step, accumulate, 1)
+        layers = florax.per_layer(adafactor, models.is_stacked)
+        tx = florax.flora_accumulate(layers, accumulate, ranks, side=side)
+        return Method(tx.init, florax.value_and_update(loss_fn, tx, layerwise=True), accumulate, 1)
     if name == "galore":
         tx = florax.per_layer(galore(rank), models.is_stacked)
         return Method(tx.init, one_by_one(loss_fn, tx), 1, 1)

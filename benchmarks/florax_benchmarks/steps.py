@@ -53,7 +53,7 @@ def dense(loss_fn: Loss, tx: optax.GradientTransformation) -> Step:
     def step(params: Any, state: Any, batches: Any) -> tuple[jax.Array, Any, Any]:
         def micro_step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
             loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-            return florax.accumulate(grads, state), loss
+            return florax.accumulate(tx, grads, state), loss
 
         state, losses = jax.lax.scan(micro_step, state, batches)
         return losses.mean(), *florax.finish(tx, params, state)

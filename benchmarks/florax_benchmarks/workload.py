@@ -84,7 +84,7 @@ def compile_method(workload: Workload, name: str) -> Compiled:
     params = models.parameter_shapes(w.shape, jnp.dtype(w.dtype))
     loss_fn = functools.partial(models.loss, w.shape)
     start = time.perf_counter()
-    method = make(name, loss_fn, w.accumulate, w.rank, w.side, batch)
+    method = make(name, loss_fn, w.accumulate, w.rank, w.side)
     state = jax.eval_shape(method.init, params)
     batches = stacked_shapes(batch, method.micro_batches)
     step = jax.jit(method.step, donate_argnums=(0, 1)).lower(params, state, batches).compile()

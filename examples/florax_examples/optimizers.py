@@ -4,7 +4,6 @@ The base optimizer is the same for all. Momentum follows it, as in `optax.adafac
 accumulation wraps both, so that they run once an update.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -52,22 +51,13 @@ def is_whole_update(settings: Training, method: str) -> bool:
     return method == "flora" and settings.accumulate > 1 and settings.gradients == "sketched"
 
 
-def init(s: Training, tx: optax.GradientTransformation, loss: Loss, params: Any, batch: Any) -> Any:
-    """The first state, to go with `step`."""
-    if s.layerwise:
-        return florax.layerwise_value_and_update(loss, tx)[0](params, batch)
-    return tx.init(params)
-
-
 def step(s: Training, method: str, tx: optax.GradientTransformation, loss: Loss) -> Step:
     """The step `(params, state, batch) -> (loss, params, state)`.
 
     If `is_whole_update`, the batch has a leading axis of micro-batches.
     """
-    if s.layerwise:
-        return florax.layerwise_value_and_update(loss, tx)[1]
-    if is_whole_update(s, method):
-        return florax.value_and_update(loss, tx)
+    if s.layerwise or is_whole_update(s, method):
+        return florax.value_and_update(loss, tx, layerwise=s.layerwise)
 
     def ordinary(params: Any, state: Any, batch: Any) -> tuple[Array, Any, Any]:
         value, grads = jax.value_and_grad(loss)(params, batch)
@@ -79,9 +69,7 @@ def step(s: Training, method: str, tx: optax.GradientTransformation, loss: Loss)
 
 def compresses_anything(settings: Training, params: Any) -> bool:
     """Whether FLORA, at this rank, is anything else than the naive method."""
-    # By layers the optimizer is given them singly, and never the stacks of `params`.
-    whole = dataclasses.replace(settings, layerwise=False)
-    report = florax.state_report(make(whole, "flora", 1.0), params)
+    report = florax.state_report(make(settings, "flora", 1.0), params)
     return not report.rows or any(row.rank for row in report.rows)
 
 
@@ -136,6 +124,6 @@ def _schedule(s: Training, count: int, peak: float) -> optax.Schedule:
 
 def _per_layer(s: Training, opt: optax.GradientTransformation) -> optax.GradientTransformation:
     """Let layers that are stacked be what they are apart: blocks of their own to the optimizer."""
-    if not s.scan or s.layerwise:  # which does so by itself
+    if not s.scan:
         return opt
     return florax.per_layer(opt, lambda path, leaf: layers.is_in_stack(path))

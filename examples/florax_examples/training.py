@@ -131,15 +131,12 @@ class _Run:
         """Make the optimizer's state, and ahead of training the step."""
         start = time.perf_counter()
 
-        def init(params: nnx.State, frozen: nnx.State, batch: Any) -> Any:
-            return optimizers.init(self.settings, self.tx, self._loss(frozen), params, batch)
-
         def step(params: nnx.State, state: Any, frozen: nnx.State, batch: Any) -> Any:
             own = optimizers.step(self.settings, self.method, self.tx, self._loss(frozen))
             return own(params, state, batch)
 
         batch = self.batch(0)
-        self.state = jax.jit(init)(self.params, self.frozen, batch)
+        self.state = jax.jit(self.tx.init)(self.params)
         jitted = jax.jit(step, donate_argnums=(0, 1))
         self.compiled = jitted.lower(self.params, self.state, self.frozen, batch).compile()
         self.compile_seconds = time.perf_counter() - start

@@ -1,7 +1,8 @@
 """A stack of alike layers: as a list of modules, or as one module whose arrays are stacked.
 
 Stacked, the layers are a single `jax.lax.scan`: compiled once for all of them, and found by
-`florax.layerwise_value_and_update`. As a list they have the names of the published checkpoints.
+`florax.value_and_update(..., layerwise=True)`. As a list they have the names of the published
+checkpoints.
 """
 
 import functools
