@@ -237,7 +237,10 @@ def test_the_base_optimizers_computation_stands_in_a_branch_of_a_conditional():
 
 
 @pytest.mark.parametrize("use_grad_mean", [True, False])
-@pytest.mark.parametrize("base", BASES)
+# By day `test_laws` says the same of other optimizers.
+@pytest.mark.parametrize(
+    "base", [pytest.param(b, marks=() if b == "adamw" else pytest.mark.slow) for b in BASES]
+)
 def test_accumulate_and_finish_in_one_jit_are_updates_called_every_k_times(base, use_grad_mean):
     every = 4
     tx = florax.flora_accumulate(BASES[base](), every, rank=3, use_grad_mean=use_grad_mean)

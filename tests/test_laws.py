@@ -112,7 +112,7 @@ def assert_same(got, expected):
         np.testing.assert_allclose(np.float64(new), np.float64(old), **near)
 
 
-@hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=2, deadline=None, derandomize=True)
 @hypothesis.given(
     st.sampled_from(sorted(LEAF_WISE)), st.sampled_from(sorted(AROUND)), st.integers(0, 9)
 )
@@ -173,7 +173,7 @@ OUTSIDE = {
 }
 
 
-@hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=2, deadline=None, derandomize=True)
 @hypothesis.given(
     st.sampled_from(sorted(LEAF_WISE)),
     st.sampled_from(sorted(ACCUMULATED)),

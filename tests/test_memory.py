@@ -58,7 +58,13 @@ MEMORY_BASES = {
 
 @barriers_hold
 @pytest.mark.parametrize("stacked", [False, True], ids=["leaves", "layers"])
-@pytest.mark.parametrize("base", MEMORY_BASES.values(), ids=MEMORY_BASES.keys())
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(base, id=name, marks=pytest.mark.slow if name == "flora" else ())
+        for name, base in MEMORY_BASES.items()
+    ],
+)
 def test_more_leaves_need_no_more_memory(base, stacked):
     """Three matrices more add no array of a matrix's size, only projections and sketches."""
     tx = accumulation(base, stacked)

@@ -70,7 +70,10 @@ def quickly(compile_quickly):
 
 
 # What is much like another one runs by night.
-SLOW = {"accumulate_adafactor", "masked", "per_layer_accumulate", "per_layer_adam"}
+SLOW = {
+    *("accumulate_adafactor", "accumulate_sgd_sum", "masked", "momentum"),
+    *("per_layer_accumulate", "per_layer_adam"),
+}
 
 
 @pytest.fixture(

@@ -142,8 +142,15 @@ def test_on_explicit_meshes_an_update_does_not_change_how_a_state_is_divided(
         jax.eval_shape(step, place(params, mesh, specs))
 
 
-@pytest.mark.parametrize("side", ["smaller", "larger"])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("axis_type", "side"),
+    [
+        (AxisType.Auto, "smaller"),
+        (AxisType.Explicit, "larger"),
+        pytest.param(AxisType.Auto, "larger", marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, "smaller", marks=pytest.mark.slow),
+    ],
+)
 def test_born_compressed_gradients_are_those_of_one_device(axis_type, side):
     """Batches divided along one axis of the mesh, weights along the other."""
     mesh = make_mesh(axis_type)
