@@ -256,14 +256,12 @@ def test_accumulate_takes_gradients_of_the_parameters_given_to_init(bad_gradient
 @pytest.mark.parametrize("count", [0, 1], ids=["nothing accumulated", "one accumulated"])
 def test_finish_takes_the_parameters_given_to_init(count, bad_gradients):
     bad, error, message = bad_gradients
-    message = message.removeprefix("The gradient of ").replace(
-        "bias']\"], surplus [\"['b']", "bias']"
-    )
+    message = message.removeprefix("The gradient of ")
     tx = accumulate()
     state = tx.init(PARAMS)
     for _ in range(count):
         state = florax.accumulate(tx, PARAMS, state)
-    with pytest.raises(error, match=re.escape(message.removesuffix(", surplus []"))):
+    with pytest.raises(error, match=re.escape(message)):
         florax.finish(tx, bad, state)
 
 

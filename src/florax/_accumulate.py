@@ -228,7 +228,7 @@ class _Accumulation:
 
     def _finish(
         self,
-        call: "_calls.Finish",
+        call: _calls.Finish,
         state: FloraAccumulateState,
         params: optax.Params | None,
         extra_args: dict[str, Any],
