@@ -233,12 +233,14 @@ def test_the_report_says_which_gradients_are_born_compressed_and_what_prevents_o
     assert {path: row.sketch for path, row in rows.items()} == {
         "['bias']": None,
         "['down']": (40, 5),
-        "['head']": None,
+        "['head']": (40, 5),
         "['up']": (40, 5),
     }
     assert rows["['bias']"].reason == "1-D"
-    assert rows["['up']"].reason == rows["['down']"].reason == ""
-    assert rows["['head']"].reason.startswith("exp at test_report.py:")
+    assert rows["['up']"].dense_uses == rows["['down']"].dense_uses == ()
+    (use,) = rows["['head']"].dense_uses
+    assert use.startswith("exp at test_report.py:")
+    assert "optax.add_decayed_weights" in str(report)
     assert [row.shape for row in report.rows] == [(40,), (40, 24), (24, 40), (24, 40)]
 
 
@@ -257,7 +259,29 @@ def test_it_takes_argnums_aux_and_what_is_no_array():
     report = florax.gradient_report(
         loss, tx, "sin", INPUT, GRADIENT_SHAPES, argnums=-1, has_aux=True
     )
-    assert [row.sketch is None for row in report.rows] == [True, False, True, False]
+    assert [row.sketch is None for row in report.rows] == [True, False, False, False]
+
+
+def test_it_takes_keywords_of_the_loss():
+    def loss(params, x, *, name, scale):
+        return scale * gradient_loss(params, getattr(jnp, name)(x))
+
+    tx, scale = florax.flora_momentum(5), jax.ShapeDtypeStruct((), jnp.float32)
+    report = florax.gradient_report(loss, tx, GRADIENT_SHAPES, INPUT, name="sin", scale=scale)
+    assert report == florax.gradient_report(gradient_loss, tx, GRADIENT_SHAPES, INPUT)
+
+
+def test_it_names_every_obstacle():
+    def loss(params, x):
+        kernel = params["up"]
+        penalty = jnp.sum(jnp.abs(kernel)) + jnp.sum(jnp.exp(kernel))
+        return gradient_loss(params, x) + penalty + jnp.max(kernel)
+
+    report = florax.gradient_report(loss, florax.flora_momentum(5), GRADIENT_SHAPES, INPUT)
+    uses = next(row.dense_uses for row in report.rows if row.path == "['up']")
+    assert [use.split()[0] for use in uses] == ["abs", "exp", "reduce_max"]
+    lines = [line.strip() for line in str(report).splitlines()]
+    assert all(any(line.endswith(use) for line in lines) for use in uses)
 
 
 def test_a_rank_of_none_is_the_reason_there_too():
@@ -269,13 +293,13 @@ def test_a_rank_of_none_is_the_reason_there_too():
 def test_its_table_is_aligned():
     tx = florax.flora_accumulate(optax.sgd(0.1), 2, 5)
     table = str(florax.gradient_report(gradient_loss, tx, GRADIENT_SHAPES, INPUT))
-    header, *rows = table.splitlines()
-    assert len(rows) == 4
-    for word in ("shape", "gradient", "dense because"):
+    header, *rows, note = table.splitlines()
+    assert len(rows) == 4 and note.startswith("Note: ")
+    for word in ("shape", "gradient", "dense because of"):
         column = header.index(word)
         assert all(row[column - 2 : column].strip() == "" for row in rows)
     assert "  sketch 40×5" in table
-    assert "  dense        1-D" in table
+    assert "  dense                       1-D" in table
 
 
 def test_a_nested_operation_is_named_by_its_own_line():
@@ -291,5 +315,5 @@ def test_a_nested_operation_is_named_by_its_own_line():
     params = shapes_of(w=(2, 24, 24))
     tx = florax.flora_accumulate(optax.sgd(0.1), 2, 5, dimension_numbers={"w": STACK})
     (row,) = florax.gradient_report(loss, tx, params, INPUT).rows
-    assert row.sketch is None
-    assert row.reason.startswith("cumsum at test_report.py:")
+    (use,) = row.dense_uses
+    assert use.startswith("cumsum at test_report.py:")

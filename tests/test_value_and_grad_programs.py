@@ -56,12 +56,41 @@ def product_in_bfloat16(x, w):
     return x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
 
 
-def penalty(x, w):
-    return x + jnp.mean(jnp.square(w))
+def product_of_concatenated(x, w):
+    return (x @ jnp.concatenate([w[:, 3:], w, w.T], axis=1))[:, 2 : WIDTH + 2]
+
+
+def product_of_stacked(x, w):
+    return jnp.einsum("td,kde->te", x, jnp.stack([w, w.T]))
+
+
+def product_of_moved(x, w):
+    w = jnp.flip(jnp.moveaxis(jnp.pad(w, ((0, 1), (2, 0)))[:-1, 2:], 1, 0), 0)
+    return x[:, ::-1] @ w
 
 
 def scaled(x, w):
-    return x @ (1.5 * w)
+    return x @ (1.5 * w / 2)
+
+
+def scaled_along_an_axis(x, w):
+    return x @ (w * jnp.mean(x, 0)) + x @ (w / (1 + x[0, :, None] ** 2))
+
+
+def penalty(x, w):
+    return x + jnp.mean(jnp.square(w)) + jnp.sum(w * w, 0) + jnp.mean(w, 1)
+
+
+def looked_up(x, w):
+    return x + w[jnp.argmax(x, 1)] + w[:, jnp.arange(x.shape[0]) % 3].T
+
+
+def function(x, w):
+    return x @ jnp.sin(w)
+
+
+def sum_with_half(x, w):
+    return x @ (w + 0.5 * jnp.sin(w))
 
 
 PRODUCTS = (
@@ -71,8 +100,15 @@ PRODUCTS = (
     product_of_halves,
     product_one_by_one,
     product_in_bfloat16,
+    product_of_concatenated,
+    product_of_stacked,
+    product_of_moved,
+    scaled,
+    scaled_along_an_axis,
+    penalty,
+    looked_up,
 )
-OPAQUE = (penalty, scaled)
+OPAQUE = (function, sum_with_half)
 
 
 def run(program, weights, x):
@@ -190,7 +226,7 @@ def settings(examples):
 
 
 @settings(4)
-@hypothesis.given(programs(2, hows=PRODUCTS + OPAQUE[:1]))
+@hypothesis.given(programs(2, hows=PRODUCTS + OPAQUE))
 def test_of_random_programs(program):
     check(program)
 

@@ -4,6 +4,7 @@ Only `jax.extend.core` is used, which is public. jax 0.10 keeps closed jaxprs in
 an equation and counts a scan's operands; jax 0.11 keeps open ones and a grouping of the operands.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -236,7 +237,8 @@ def unchanged(equation: Equation, inputs: list[Labels]) -> Sequence[Labels]:
     """A result has the label of the operand that it is, unchanged; what is computed has none."""
     name = equation.primitive.name
     if name in JIT or name in CHECKPOINT:
-        return dependencies(inner(equation)[0], inputs, unchanged)
+        sources = forwarded(inner(equation)[0])
+        return [frozenset[int]() if source is None else inputs[source] for source in sources]
     if name != "scan":
         return [frozenset()] * len(equation.outvars)
     parts = scan(equation, range(len(inputs)))
@@ -253,8 +255,88 @@ def forwarded(jaxpr: Jaxpr) -> list[int | None]:
 
     Transformed modules (flax.nnx) return every parameter from every program they enter.
     """
-    own = [frozenset([number]) for number in range(len(jaxpr.invars))]
-    return [next(iter(label), None) for label in dependencies(jaxpr, own, unchanged)]
+    if jaxpr not in _FORWARDED:
+        own = [frozenset([number]) for number in range(len(jaxpr.invars))]
+        labels = dependencies(jaxpr, own, unchanged)
+        _FORWARDED[jaxpr] = [next(iter(label), None) for label in labels]
+    return _FORWARDED[jaxpr]
+
+
+def wanted(jaxpr: Jaxpr, results: tuple[bool, ...]) -> frozenset[Any]:
+    """The variables through which gradients reach those results that are chosen."""
+    remembered = _WANTED.setdefault(jaxpr, {})
+    if results not in remembered:
+        found = {v for v, own in zip(jaxpr.outvars, results, strict=True) if own and _is_inexact(v)}
+        for equation in reversed(jaxpr.eqns):
+            chosen = tuple(var in found for var in equation.outvars)
+            if any(chosen) and has_gradient(equation):
+                pairs = zip(equation.invars, _wanted_of(equation, chosen), strict=True)
+                found.update(var for var, own in pairs if own and _is_inexact(var))
+        remembered[results] = frozenset(found)
+    reached: frozenset[Any] = remembered[results]
+    return reached
+
+
+# Programs are nested, and called more than once: what is known of one is not found again.
+_WANTED: weakref.WeakKeyDictionary[Jaxpr, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_FORWARDED: weakref.WeakKeyDictionary[Jaxpr, list[int | None]] = weakref.WeakKeyDictionary()
+
+
+def _is_inexact(var: Any) -> bool:
+    own = getattr(var.aval, "dtype", jnp.int32)
+    return not isinstance(var, Literal) and jnp.issubdtype(own, jnp.inexact)
+
+
+def _wanted_of(equation: Equation, results: tuple[bool, ...]) -> Sequence[bool]:
+    """Which operands of an equation pass gradients to chosen results."""
+    name = equation.primitive.name
+    if name in JIT or name in CHECKPOINT:
+        return _wanted_operands(inner(equation)[0], results)
+    if name == "optimization_barrier":
+        return results
+    if name == "cond":
+        jaxprs = [opened(branch)[0] for branch in equation.params["branches"]]
+        own = [_wanted_operands(jaxpr, results) for jaxpr in jaxprs]
+        return [False, *map(any, zip(*own, strict=True))]
+    if name == "scan":
+        body = scan(equation, equation.invars).body
+        return _wanted_operands(body, wanted_of_body(equation, results))
+    return [True] * len(equation.invars)
+
+
+def _wanted_operands(jaxpr: Jaxpr, results: tuple[bool, ...]) -> list[bool]:
+    found = wanted(jaxpr, results)
+    return [var in found for var in jaxpr.invars]
+
+
+def wanted_of_body(equation: Equation, results: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which results of a scan's body pass gradients to chosen results of the scan."""
+    parts = scan(equation, equation.invars)
+    first, count = len(parts.consts), len(parts.carry)
+    while True:
+        carried = _wanted_operands(parts.body, results)[first : first + count]
+        grown = (*(a or b for a, b in zip(results, carried, strict=False)), *results[count:])
+        if grown == results:
+            return results
+        results = grown
+
+
+def mesh(equation: Equation) -> Any:
+    """The mesh that the types of the results belong to, or None."""
+    own = (getattr(var.aval, "sharding", None) for var in equation.outvars)
+    return next((sharding.mesh for sharding in own if sharding is not None), None)
+
+
+def shardings(equation: Equation, name: str) -> list[Any]:
+    """Of the operands or results of a jit; None where they are not fixed."""
+    count = len(equation.invars if name == "in_shardings" else equation.outvars)
+    own = equation.params.get(name, (None,) * count)
+    return [x if isinstance(x, jax.sharding.Sharding) else None for x in own]
+
+
+def layouts(equation: Equation) -> list[Any]:
+    """Of the operands and results of a jit; None where they are not fixed."""
+    return [*equation.params.get("in_layouts", ()), *equation.params.get("out_layouts", ())]
 
 
 def needed(jaxpr: Jaxpr, results: Sequence[Any]) -> tuple[list[int], set[Any]]:

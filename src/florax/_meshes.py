@@ -5,7 +5,8 @@ On a mesh with explicit axes a type says along which axes of the mesh an array i
 types say nothing, XLA decides, and nothing here does anything.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,3 +73,44 @@ def summed_to(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x` summed over the devices that have one value of `like` between them."""
     axes = varying(x) - varying(like)
     return jax.lax.psum(x, tuple(axes)) if axes else x  # type: ignore[no-untyped-call]
+
+
+def within(like: jax.Array, function: Callable[..., Any], total: jax.Array, *args: Any) -> Any:
+    """`function(total, *args)` on the mesh that the type of `like` belongs to.
+
+    Inside of `jax.sharding.auto_axes` that is another mesh than around it. Returned is a pair: what
+    takes the place of `total`, typed as it is, and anything else.
+    """
+    mesh = jax.typeof(like).sharding.mesh
+    if mesh.empty or mesh == jax.typeof(total).sharding.mesh or not is_explicit(total):
+        return function(total, *args)
+    with jax.sharding.use_abstract_mesh(mesh):
+        new, more = function(*jax.tree.map(lambda x: _moved(x, mesh, ()), (total, *args)))
+    own = jax.typeof(total).sharding
+    return _moved(new, own.mesh, own.spec), more
+
+
+def _moved(array: jax.Array, mesh: Any, along: Any) -> jax.Array:
+    if jax.typeof(array).sharding.mesh == mesh:
+        return array
+    sharding = jax.sharding.NamedSharding(mesh, spec(tuple(along)))
+    moved: jax.Array = jax.sharding.reshard(array, sharding)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def automatically(function: Callable[..., jax.Array], total: jax.Array, *args: Any) -> jax.Array:
+    """`function(total, *args)`, divided as `total` is; on explicit meshes XLA decides between."""
+    if not any(is_explicit(x) for x in (total, *args)):
+        return function(total, *args)
+    along = spec(division(total, range(total.ndim)))
+    done: jax.Array = jax.sharding.auto_axes(function, out_sharding=along)(total, *args)
+    return done
+
+
+def entered(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """The context of a mesh, if there is one and it is not that around."""
+    own = getattr(mesh, "abstract_mesh", mesh)
+    if own is None or own.empty or own == jax.sharding.get_abstract_mesh():
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = jax.sharding.use_abstract_mesh(own)
+    return context

@@ -147,13 +147,16 @@ class GradientRow(NamedTuple):
       path: the leaf's key path.
       shape: shape of the parameter.
       sketch: shape of its sketch; None if its gradient is dense.
-      reason: why it is dense, or, where the loss prevents the sketch, the operation and its line.
+      reason: why it is dense; empty if it is not.
+      dense_uses: the uses of a sketched one whose own gradients are dense until they are compressed
+        on the spot: the operations and their lines.
     """
 
     path: str
     shape: tuple[int, ...]
     sketch: tuple[int, ...] | None
     reason: str
+    dense_uses: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +171,31 @@ class GradientReport:
 
     def __str__(self) -> str:
         """The table."""
-        lines = [("leaf", "shape", "gradient", "dense because")]
+        lines = [("leaf", "shape", "gradient", "dense because of")]
         for row in self.rows:
             gradient = "dense" if row.sketch is None else f"sketch {_shape(row.sketch)}"
-            lines.append((row.path, _shape(row.shape), gradient, row.reason))
-        return _table(lines, "<<<<")
+            gradient += ", dense in part" if row.dense_uses else ""
+            first, *more = row.dense_uses or (row.reason,)
+            lines.append((row.path, _shape(row.shape), gradient, first))
+            lines += [("", "", "", use) for use in more]
+        return "\n".join([_table(lines, "<<<<"), *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What can be done about uses whose gradients are dense."""
+        uses = [use for row in self.rows for use in row.dense_uses]
+        if not uses:
+            return []
+        notes = [
+            "Note: the uses named make gradients of full size, each compressed as soon as it is "
+            "there. A penalty is cheaper as optax.add_decayed_weights; what shall have no gradient "
+            "belongs into jax.lax.stop_gradient."
+        ]
+        if any("side" in use for use in uses):
+            notes.append(
+                "Another side, or dimension_numbers, may keep the projected side together."
+            )
+        return notes
 
 
 def gradient_report(
@@ -181,8 +204,13 @@ def gradient_report(
     *args: Any,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    **kwargs: Any,
 ) -> GradientReport:
     """Say, before training, which gradients `value_and_grad` makes as sketches, and why not others.
+
+    Every compressed leaf has a sketch for its gradient; this also names those of its uses that
+    cannot be followed, each with the operation and its line. Such a use has a gradient of full size
+    for a moment.
 
     Args:
       loss_fn: the loss.
@@ -190,6 +218,7 @@ def gradient_report(
       *args: arguments of the loss, or their shapes (`jax.ShapeDtypeStruct`).
       argnums: as for `value_and_grad`.
       has_aux: as for `value_and_grad`.
+      **kwargs: of the loss.
 
     Returns:
       A `GradientReport`; printing it shows a table.
@@ -203,29 +232,30 @@ def gradient_report(
     >>> tx = florax.flora_accumulate(optax.sgd(0.1), every_k_schedule=4, rank=2)
     >>> params = {"in": jnp.ones((8, 4)), "out": jnp.ones((4, 4))}
     >>> print(florax.gradient_report(loss_fn, tx, params, jnp.ones((16, 8))))
-    leaf     shape  gradient    dense because
+    leaf     shape  gradient                   dense because of
     ['in']   8×4    sketch 8×2
-    ['out']  4×4    dense       tanh at ...
+    ['out']  4×4    sketch 4×2, dense in part  tanh at ...
+    Note: ...
 
     Source: beyond the paper; see `value_and_grad`.
     """
     rows: list[GradientRow] = []
 
-    def probe(*traced: Any) -> None:
-        program = _value_and_grad.trace_loss(loss_fn, argnums, has_aux, traced, {})
+    def probe(traced: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        program = _value_and_grad.trace_loss(loss_fn, argnums, has_aux, traced, keywords)
         params = program.treedef.unflatten(program.leaves)
         state = tx.init(params)
         found = _value_and_grad.born(tx, state, program)
-        refused = _value_and_grad.refusals(program, found)
+        obstacles = _value_and_grad.obstacles(program, found)
         seen = _calls.look(tx, state, params)
         planned = {leaf.path: leaf.reason for own in seen for leaf in own.sketch.plan}
         for i, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True)):
-            sketched = i in found and i not in refused
-            reason = refused.get(i, planned.get(path, "not of the FLORA transformation"))
-            sketch = found[i].leaf.stored_shape if sketched else None
-            rows.append(GradientRow(path, jnp.shape(leaf), sketch, "" if sketched else reason))
+            reason = planned.get(path, "not of the FLORA transformation")
+            sketch = found[i].leaf.stored_shape if i in found else None
+            dense_uses = obstacles.get(i, ())
+            rows.append(GradientRow(path, jnp.shape(leaf), sketch, reason, dense_uses))
 
-    _jaxprs.abstractly(probe, *args)
+    _jaxprs.abstractly(probe, args, kwargs)
     return GradientReport(tuple(rows))
 
 

@@ -20,7 +20,6 @@ from florax import (
     _leaves,
     _meshes,
     _sketches,
-    _views,
 )
 
 
@@ -164,59 +163,57 @@ def differentiate(
 ) -> tuple[list[jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
     """Results, sketches and dense gradients, by number of the leaf, of a traced loss.
 
-    To `totals` the sketches are added, in place where XLA may; a leaf that cannot be followed
-    through the program is not among them and has a dense gradient.
+    To `totals` the sketches of the leaves in `found` are added, in place where XLA may.
     """
-    refused = refusals(program, found)
-    sketched = {number: how for number, how in found.items() if number not in refused}
-    dense = {i: leaf for i, leaf in enumerate(program.leaves) if i not in sketched}
-    seeds = {number: totals[number] for number in sketched}
+    dense = {i: leaf for i, leaf in enumerate(program.leaves) if i not in found}
 
     def loss(carriers: dict[int, jax.Array], dense: dict[int, jax.Array]) -> Any:
-        (value, *aux), carriers, _ = _evaluate(program, sketched, carriers, dense)
+        (value, *aux), carriers, _ = _evaluate(program, found, carriers, dense)
         return (value, carriers), aux
 
     carriers = {
-        number: _meshes.varying_as(jnp.zeros_like(seed), seed) for number, seed in seeds.items()
+        number: _meshes.varying_as(jnp.zeros_like(total), total) for number, total in totals.items()
     }
     (value, _), pull, aux = jax.vjp(loss, carriers, dense, has_aux=True)
-    sketches, grads = pull((jnp.ones_like(value), seeds))
+    sketches, grads = pull((jnp.ones_like(value), totals))
     return [value, *aux], sketches, grads
 
 
-def refusals(program: Program, found: dict[int, Born]) -> dict[int, str]:
-    """Which weights are used in a way that cannot be followed, and in which operation."""
-    refused: dict[int, str] = {}
+def obstacles(program: Program, found: dict[int, Born]) -> dict[int, tuple[str, ...]]:
+    """By number of the leaf the uses whose cotangents are dense for a moment, and where."""
+    notes: dict[int, tuple[str, ...]] = {}
 
     def probe() -> None:
-        carriers = {i: jnp.zeros(how.leaf.stored_shape) for i, how in found.items()}
-        refused.update(_evaluate(program, found, carriers, dict(enumerate(program.leaves)))[2])
+        carriers = {i: jnp.zeros(own.leaf.stored_shape) for i, own in found.items()}
+        _, _, own = _evaluate(program, found, carriers, dict(enumerate(program.leaves)))
+        notes.update({number: tuple(reasons) for number, reasons in own.items()})
 
     jax.eval_shape(probe)
-    return refused
+    return notes
 
 
 def _evaluate(
     program: Program,
-    sketched: dict[int, Born],
+    found: dict[int, Born],
     carriers: dict[int, jax.Array],
     dense: dict[int, jax.Array],
-) -> tuple[list[Any], dict[int, jax.Array], dict[int, str]]:
-    """Results of the loss, the carriers after their last use, and the refusals."""
-    evaluator = _evaluator.Evaluator(dict(carriers), {})
+) -> tuple[list[Any], dict[int, jax.Array], dict[int, dict[str, None]]]:
+    """Results of the loss, the carriers after their last use, and notes on dense uses."""
+    # What is only reported is not differentiated.
+    is_loss = [number == 0 for number in range(len(program.jaxpr.outvars))]
+    wanted, findings = _jaxprs.wanted(program.jaxpr, tuple(is_loss)), _evaluator.Findings()
+    evaluator = _evaluator.Evaluator(dict(carriers), wanted, findings)
     params: list[Any] = []
     for number, leaf in enumerate(program.leaves):
-        if number in sketched:
-            how = sketched[number]
-            view = _views.View.of(how.leaf)
-            source = _views.Source(how.keys, ())
-            params.append(_evaluator.Weight(jnp.asarray(leaf), source, number, view))
+        if number in found:
+            own = found[number]
+            weight = _evaluator.Weight.of(jnp.asarray(leaf), number, own.leaf, own.keys)
+            params.append(weight)
         else:
             params.append(dense[number])
     value, *aux = evaluator.run(program.jaxpr, program.consts, *params)
     (value,) = evaluator.plain([value], "the loss itself")
-    # What is only reported is not differentiated: a weight may stand there.
-    return [value, *_evaluator.arrays(aux)], evaluator.totals, evaluator.refused
+    return [value, *_evaluator.arrays(aux)], evaluator.totals, findings.notes
 
 
 def value_and_grad(
@@ -235,10 +232,10 @@ def value_and_grad(
     and the right-hand side is fewer operations than the gradient itself, which never exists. The
     model needs no change: the loss is traced, and where one of its products consumes a compressed
     weight, the backward pass makes the sketch. It sees through jit, `jax.checkpoint`, conditionals,
-    scans over stacked weights, casts, transposes, reshapes and slices; a product may be a lookup of
-    rows or a convolution over patches; the uses of a tied weight add up. A weight that is used in
-    any other way keeps its dense gradient, which the transformation then compresses: never a wrong
-    number. `gradient_report` says beforehand which those are, and why.
+    scans over stacked weights, casts, transposes, reshapes, slices, concatenations and factors; a
+    product may be a lookup, a sum, or a sum of squares; the uses of a tied weight add up. A use of
+    any other kind makes a dense gradient of that use alone, which is compressed on the spot: never
+    a wrong number. `gradient_report` says beforehand which those are, and why.
 
     Args:
       loss_fn: a function whose result is a real scalar, or a pair of it and anything else.
@@ -284,12 +281,10 @@ def value_and_grad(
             for i, how in found.items()
         }
         results, sketches, dense = differentiate(program, found, totals)
-        grads = [
-            _sketches.Sketch.of(sketches[i], found[i].leaf, found[i].sketches.key_of(found[i].leaf))
-            if i in sketches
-            else dense[i]
-            for i in range(len(program.leaves))
-        ]
+        grads: list[Any] = [dense.get(i) for i in range(len(program.leaves))]
+        for i, own in found.items():
+            key = own.sketches.key_of(own.leaf)
+            grads[i] = _sketches.Sketch.of(sketches[i], own.leaf, key)
         return program.result(results), jax.tree.unflatten(program.treedef, grads)
 
     return value_and_grad_fn

@@ -189,14 +189,7 @@ def _sum_in_place(
     def micro_step(sums: dict[int, jax.Array], batch: tuple[Any, ...]) -> Any:
         program = _value_and_grad.trace_loss(loss_fn, 0, has_aux, (params, *batch), {})
         again.append(program.result)
-        results, new, dense = _value_and_grad.differentiate(program, found, sums)
-        # What could not be followed through the loss has its gradient at full size.
-        for (_, seen), plan in zip(reached, plans, strict=True):
-            own = [number for number in plan if number in dense]
-            leaves = [found[number].leaf for number in own]
-            sketches = seen.sketch.compress([dense[number] for number in own], leaves)
-            for number, sketch in zip(own, sketches, strict=True):
-                new[number] = (sums[number] + sketch).astype(sums[number].dtype)
+        results, new, _ = _value_and_grad.differentiate(program, found, sums)
         return new, results
 
     sums: dict[int, jax.Array] = {}
