@@ -469,3 +469,123 @@ def test_a_loss_on_several_devices_keeps_its_dense_gradients():
 
     dense = dict.fromkeys(("['up']", "['down']"), "shard_map")
     losses.check(losses.Case(loss, PARAMS, (losses.tokens(8),), dense))
+
+
+# --- meshes with explicit axes
+
+
+EXPLICIT = (jax.sharding.AxisType.Explicit,)
+
+
+def looked_up_across_devices(params, x, ids):
+    rows = params["embed"].at[ids].get(out_sharding=P("data"))
+    return losses.size(jnp.tanh(rows) @ params["up"])
+
+
+def in_an_automatic_region(params, x, ids):
+    product = jax.sharding.auto_axes(lambda x, w: jnp.tanh(x @ w), out_sharding=P("data"))
+    return losses.size(product(x, params["up"]) @ params["up"].T @ params["embed"].T)
+
+
+def in_a_jit_that_divides_its_result(params, x, ids):
+    product = jax.jit(jnp.matmul, out_shardings=P("data"))
+    return losses.size(jnp.tanh(product(x, params["up"])) @ params["up"].T * 0.5)
+
+
+def in_other_ways(params, x, ids):
+    up = params["up"]
+    fused = x @ jnp.concatenate([up * 0.5, up * up[0], up], axis=1)
+    return losses.size(fused) + jnp.sum(up**2) + jnp.sum(jnp.sin(params["embed"])) / 9
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        looked_up_across_devices,
+        in_an_automatic_region,
+        in_a_jit_that_divides_its_result,
+        in_other_ways,
+    ],
+)
+@pytest.mark.parametrize("side", ["smaller", pytest.param("larger", marks=pytest.mark.slow)])
+def test_meshes_may_have_explicit_axes(loss, devices, side):
+    mesh = jax.make_mesh((devices,), ("data",), EXPLICIT, devices=jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        params = {"embed": losses.normal(32, 11), "up": losses.normal(11, 13)}
+        params = jax.device_put(params, P())
+        ids = jax.device_put(jnp.arange(16).reshape(8, 2) * 5 % 32, P("data"))
+        x = jax.device_put(losses.normal(8, 2, 11), P("data"))
+        tx = accumulate(side=side)
+        state = tx.init(params)
+
+        @jax.jit
+        def both(params, state, x, ids):
+            _, born = florax.value_and_grad(loss, tx)(params, x, ids, opt_state=state)
+            dense = jax.grad(loss)(params, x, ids)
+            return born, state.sketch.compress(jax.tree.leaves(dense))
+
+        born, wanted = both(params, state, x, ids)
+        report = florax.gradient_report(loss, tx, params, x, ids)
+        assert all(map(losses.is_sketch, losses.flat(born)))
+        assert all(row.sketch for row in report.rows)
+        chex.assert_trees_all_close(arrays(born), wanted, **CLOSE)
+
+        # In a whole step, too.
+        step = jax.jit(florax.value_and_update(loss, tx))
+        got, _, _ = step(params, state, x[None], ids[None])
+        np.testing.assert_allclose(got, jax.jit(loss)(params, x, ids), rtol=1e-6)
+
+
+def test_an_inner_jit_keeps_the_division_of_its_result():
+    def loss(params, x):
+        divided = jax.sharding.NamedSharding(MESH, P("data"))
+        return losses.size(jax.jit(jnp.matmul, out_shardings=divided)(x, params["up"]))
+
+    tx, x = accumulate(), losses.normal(8, 11)
+    traced = jax.jit(
+        lambda params, x: florax.value_and_grad(loss, tx)(params, x, opt_state=tx.init(params))
+    ).trace(PARAMS, x)
+    constraints = [e for e in losses.equations(traced.jaxpr.jaxpr) if "sharding_con" in str(e)]
+    assert any(
+        e.params["sharding"].spec == P("data") for e in constraints if e.params.get("sharding")
+    )
+
+
+# --- programs in programs
+
+
+@pytest.mark.parametrize("depth", [4, 8])
+def test_what_is_called_again_is_not_traced_again(depth, monkeypatch):
+    """Jits called twice a level are evaluated once a level, and not once a call."""
+
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    for _ in range(depth):
+        layer = jax.jit(lambda x, w, inner=layer: inner(inner(x, w), w))
+    evaluated = []
+    run = florax._evaluator.Evaluator.run
+    monkeypatch.setattr(
+        florax._evaluator.Evaluator, "run", lambda *args: evaluated.append(1) or run(*args)
+    )
+    w = losses.normal(11, 11)
+    tx = accumulate()
+    jax.eval_shape(lambda w: born(lambda w: losses.size(layer(w, w.T)), tx, w)[0], w)
+    assert len(evaluated) <= 3 * depth
+
+
+def test_what_has_no_entries_has_a_gradient_without_any():
+    def loss(params, x):
+        nothing = params["nothing"].reshape(3, 0).T
+        return (
+            losses.size(x @ params["up"]) + jnp.sum(nothing) + jnp.sum(nothing @ jnp.ones((3, 2)))
+        )
+
+    params = {"up": PARAMS["up"], "nothing": jnp.zeros((0, 3))}
+    tx = accumulate()
+    _, grads = born(loss, tx, params, X)
+    assert shapes(grads) == {"up": (13, 4), "nothing": (0, 3)} | {"up": ((13, 4),)}
+    step = florax.value_and_update(loss, tx)
+    value, _, _ = step(params, tx.init(params), X[None])
+    np.testing.assert_allclose(value, loss(params, X), rtol=1e-6)

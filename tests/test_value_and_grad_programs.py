@@ -208,7 +208,7 @@ def check(program):
         return losses.size(run(program, params, x))
 
     dense = {f"['{name}']": "" for name in used(program, OPAQUE)}
-    narrow = "half" in used(program, PRODUCTS) or used(program, (product_in_bfloat16,))
+    narrow = "half" in used(program, PRODUCTS + OPAQUE) or used(program, (product_in_bfloat16,))
     eps = float(jnp.finfo(jnp.bfloat16 if narrow else jnp.float32).eps)
     case = Case(loss, PARAMS, (losses.tokens(),), dense, AXES, eps)
     losses.check(case, exact=False)

@@ -126,16 +126,17 @@ class Evaluator:
 
     def dense(self, weight: Weight, reason: str) -> jax.Array:
         """A weight as an array, whose cotangent is compressed."""
-        for piece in weight.pieces:
-            if piece.view.leaf.rank is not None:
-                self.found.notes.setdefault(piece.number, {})[reason] = None
         whole = _uses.Product.sum(weight.array.ndim, ())
-        return self.record(weight, whole, weight.array, None)
+        return self.record(weight, whole, weight.array, None, reason)
 
-    def record(self, weight: Weight, use: _uses.Use, output: jax.Array, other: Any) -> jax.Array:
+    def record(
+        self, weight: Weight, use: _uses.Use, output: jax.Array, other: Any, where: str
+    ) -> jax.Array:
         """The result of a use, which from now on yields its sketch."""
         for piece in weight.pieces:
             use.check(piece, weight.array.shape)
+            if use.is_dense(piece.view):
+                self.found.notes.setdefault(piece.number, {})[where] = None
         operands = _uses.Operands(other, weight.root, weight.sources)
         totals = self.inside([weight])
         output, totals = _uses.record(use, weight.pieces, output, totals, operands)
@@ -370,7 +371,7 @@ def _dot_general(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -
     (output,) = _jaxprs.run(equation, [left, right])
     # Of two weights the sketch of each is made with the other.
     for weight, use, other in uses:
-        output = ev.record(weight, use, output, other)
+        output = ev.record(weight, use, output, other, ev.where(equation))
     return [output]
 
 
@@ -380,7 +381,7 @@ def _gather(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> lis
         raise _views.Opaque("indexes by it")
     use = _uses.Lookup.gather(weight.array.shape, indices.ndim, equation.params)
     (output,) = _jaxprs.run(equation, arrays(values))
-    return [ev.record(weight, use, output, indices[..., 0])]
+    return [ev.record(weight, use, output, indices[..., 0], ev.where(equation))]
 
 
 def _convolution(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
@@ -389,7 +390,7 @@ def _convolution(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -
         raise _views.Opaque("is a convolution of it")
     use = _uses.Convolution.of_equation(weight.array.ndim, equation.params)
     (output,) = _jaxprs.run(equation, arrays(values))
-    return [ev.record(weight, use, output, other)]
+    return [ev.record(weight, use, output, other, ev.where(equation))]
 
 
 def _ragged(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
@@ -398,14 +399,23 @@ def _ragged(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> lis
         raise _views.Opaque("takes it for rows")
     use = _uses.Ragged.of_equation(equation.params)
     (output,) = _jaxprs.run(equation, arrays(values))
-    return [ev.record(weight, use, output, (rows, sizes))]
+    return [ev.record(weight, use, output, (rows, sizes), ev.where(equation))]
 
 
 def _reduce_sum(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
     (weight,) = values
-    use = _uses.Product.sum(weight.array.ndim, tuple(equation.params["axes"]))
+    axes, ndim = tuple(equation.params["axes"]), weight.array.ndim
     (output,) = _jaxprs.run(equation, [weight.array])
-    return [ev.record(weight, use, output, None)]
+    if weight.root is None and all(
+        piece.view.shape[axis] == 1 for piece in weight.pieces for axis in axes
+    ):
+        # Of weights side by side along an axis, that is the sum of them.
+        rest = [axis for axis in range(ndim) if axis not in axes]
+        views = [p.view.reshape([p.view.shape[i] for i in rest]) for p in weight.pieces]
+        added = weight.replace(views, array=output, is_pure=weight.is_pure)
+        return [_offsets(added, [[p.offset[i] for i in rest] for p in weight.pieces])]
+    use = _uses.Product.sum(ndim, axes)
+    return [ev.record(weight, use, output, None, ev.where(equation))]
 
 
 # --- views
@@ -490,13 +500,16 @@ def _broadcast(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> 
     weight, *sizes = values
     if sizes:
         raise _views.Opaque("has a shape that is not known when tracing")
-    axes = equation.params["broadcast_dimensions"]
-    return [_spread(weight, equation, equation.params["shape"], axes)]
+    spread = _spread(weight, equation.params["shape"], equation.params["broadcast_dimensions"])
+    array, root = (
+        None if own is None else _jaxprs.run(equation, [own])[0]
+        for own in (weight.array, weight.root)
+    )
+    return [dataclasses.replace(spread, array=array, root=root)]
 
 
-def _spread(
-    weight: Weight, equation: _jaxprs.Equation, shape: Sequence[int], axes: Sequence[int]
-) -> Weight:
+def _spread(weight: Weight, shape: Sequence[int], axes: Sequence[int]) -> Weight:
+    """With the views of a weight that is broadcast to a shape, where it had these axes."""
     views, offsets = [], []
     for piece in weight.pieces:
         own, offset = list(shape), [0] * len(shape)
@@ -505,7 +518,18 @@ def _spread(
                 own[to], offset[to] = piece.view.shape[axis], piece.offset[axis]
         views.append(piece.view.broadcast(own, axes))
         offsets.append(offset)
-    return _offsets(_moved(weight, equation, views), offsets)
+    return _offsets(weight.replace(views), offsets)
+
+
+def _broadcast_to(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    """Repeated along axes of size 1, as an operation with a larger array does."""
+    if weight.array.shape == shape:
+        return weight
+    spread = _spread(weight, shape, range(len(shape)))
+    array, root = (
+        None if own is None else jnp.broadcast_to(own, shape) for own in (weight.array, weight.root)
+    )
+    return dataclasses.replace(spread, array=array, root=root)
 
 
 def _reverse(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
@@ -669,8 +693,7 @@ def _scale(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list
     scale = 1 / scale if name == "div" else scale
     (array,) = _jaxprs.run(equation, arrays(values))
     shape = _jaxprs.shape(var)
-    if shape != weight.array.shape:
-        raise _views.Opaque("repeats it")
+    weight = _broadcast_to(weight, shape)
     # A number that the program has as such has no gradient, and nothing is kept for it.
     is_number = any(isinstance(var, _jaxprs.Literal) for var in equation.invars) or name == "neg"
     old_root = root = weight.root
@@ -719,15 +742,15 @@ def _add(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[A
     (array,) = _jaxprs.run(equation, arrays(values))
     weights = [value for value in values if isinstance(value, Weight)]
     roots = [weight.root for weight in weights if weight.root is not None]
-    if any(jnp.shape(own.array) != _jaxprs.shape(var) for own in weights):
-        raise _views.Opaque("repeats it")
+    weights = [_broadcast_to(weight, _jaxprs.shape(var)) for weight in weights]
     if equation.primitive.name == "sub" and isinstance(values[1], Weight):
         weights[-1] = _times(weights[-1], jnp.float32(-1))
     if roots and len(weights) > 1:
         raise _views.Opaque("is a sum of products of it")
     sources = sum((weight.sources for weight in weights), ())
     pieces = sum((weight.pieces for weight in weights), ())
-    return [Weight(array, roots[0] if roots else None, sources, pieces, is_pure=False)]
+    is_pure = len(weights) == len(values) and all(weight.is_pure for weight in weights)
+    return [Weight(array, roots[0] if roots else None, sources, pieces, is_pure)]
 
 
 _Rule: TypeAlias = Callable[[Evaluator, _jaxprs.Equation, list[Any]], list[Any]]

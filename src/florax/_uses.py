@@ -130,6 +130,13 @@ class Use:
         if piece.view.is_square and self.other:
             raise _views.Opaque("is of its square")
 
+    def is_dense(self, view: _views.View) -> bool:
+        """Whether the cotangent of the result is as large as a compressed matrix in view."""
+        sizes = dict(zip(self.weight, view.shape, strict=True))
+        sides = set(self.kept(view) + self.of(view.columns)) - set(self.of(view.keys))
+        own = {k for k in sides if sizes[k] > 1}
+        return view.leaf.rank is not None and own <= set(self.output)
+
     def of(self, part: _views.Part) -> str:
         """The letters of a part's axes."""
         return "".join(self.weight[axis] for axis in part.order())
