@@ -7,6 +7,7 @@ unstacked layers; with and without micro-batches that are skipped.
 import chex
 import jax
 import jax.numpy as jnp
+import losses
 import numpy as np
 import optax
 import pytest
@@ -255,3 +256,56 @@ def check_accumulation(opt, inside, outside, skip, use_grad_mean, seed):
         (got, got_state), got_losses = jax.jit(lambda way=way: run(way))()
         assert_same((got, got_state), (params, state))
         np.testing.assert_allclose(got_losses, losses, rtol=1e-5)
+
+
+# --- gradients that are born compressed, of weights that are used in every way
+
+
+USES = [
+    name for name, case in losses.CASES.items() if case().eps < 1e-6 and name != "numpy_parameters"
+]
+BY_DAY = {
+    ("factors_along_one_side", "adam"),
+    ("concatenated_and_padded", "adafactor"),
+    ("parts_of_stacks", "sgd"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, opt",
+    [
+        pytest.param(name, opt, marks=() if (name, opt) in BY_DAY else pytest.mark.slow)
+        for name in USES
+        for opt in ("sgd", "adam", "adafactor")
+    ],
+)
+def test_born_compressed_or_not_the_step_is_the_same(name, opt):
+    case = losses.CASES[name]()
+    tx = case.transformation(opt=LEAF_WISE[opt])
+    micro_batches = jax.tree.map(
+        lambda x: jnp.stack([x, x if x.ndim == 0 else x[::-1]]), case.batch
+    )
+
+    def by_hand(gradient):
+        def step(params, state, *args):
+            def micro_step(state, batch):
+                grads = gradient(state, params, *batch)
+                return florax.accumulate(tx, grads, state), None
+
+            state, _ = jax.lax.scan(micro_step, state, args)
+            return florax.finish(tx, params, state)
+
+        return jax.jit(step)
+
+    def dense(state, params, *batch):
+        return jax.grad(case.loss)(params, *batch)
+
+    def born(state, params, *batch):
+        return florax.value_and_grad(case.loss, tx)(params, *batch, opt_state=state)[1]
+
+    whole = jax.jit(florax.value_and_update(case.loss, tx))
+    state = tx.init(case.params)
+    expected = by_hand(dense)(case.params, state, *micro_batches)
+    assert_same(by_hand(born)(case.params, state, *micro_batches), expected)
+    _, *got = whole(case.params, state, *micro_batches)
+    assert_same(tuple(got), expected)
