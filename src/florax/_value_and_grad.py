@@ -20,6 +20,7 @@ from florax import (
     _leaves,
     _meshes,
     _sketches,
+    _weights,
 )
 
 
@@ -207,13 +208,13 @@ def _evaluate(
     for number, leaf in enumerate(program.leaves):
         if number in found:
             own = found[number]
-            weight = _evaluator.Weight.of(jnp.asarray(leaf), number, own.leaf, own.keys)
+            weight = _weights.Weight.of(jnp.asarray(leaf), number, own.leaf, own.keys)
             params.append(weight)
         else:
             params.append(dense[number])
     value, *aux = evaluator.run(program.jaxpr, program.consts, *params)
     (value,) = evaluator.plain([value], "the loss itself")
-    return [value, *_evaluator.arrays(aux)], evaluator.totals, findings.notes
+    return [value, *_weights.arrays(aux)], evaluator.totals, findings.notes
 
 
 def value_and_grad(
