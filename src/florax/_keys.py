@@ -67,6 +67,17 @@ def of_matrices(
     """
     if not leaves:
         return []
+    packed = of_all_matrices(leaves, words, key, cycle)
+    return split(packed, [leaf.matrices for leaf in leaves])
+
+
+def of_all_matrices(
+    leaves: Sequence[_leaves.Leaf],
+    words: Sequence[jax.Array],
+    key: jax.Array,
+    cycle: jax.typing.ArrayLike,
+) -> jax.Array:
+    """The same as `of_matrices` in one array, leaf after leaf; there must be a leaf."""
     stacks: dict[tuple[int, ...], jax.Array] = {}
     for leaf in leaves:
         if leaf.stack_shape not in stacks:
@@ -74,12 +85,29 @@ def of_matrices(
     keys = jnp.concatenate([stacks[leaf.stack_shape] for leaf in leaves])
     own = [jnp.broadcast_to(w, (leaf.matrices, 2)) for w, leaf in zip(words, leaves, strict=True)]
     # All together: folding is a handful of tiny kernels, and a model has hundreds of matrices.
-    keys = jax.vmap(lambda key, words: fold_words(fold(key, cycle), words))(
+    folded: jax.Array = jax.vmap(lambda key, words: fold_words(fold(key, cycle), words))(
         keys, jnp.concatenate(own)
     )
-    bounds = np.cumsum([leaf.matrices for leaf in leaves])[:-1]
-    split: list[jax.Array] = jnp.split(keys, bounds)
-    return split
+    return folded
+
+
+def split(array: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Consecutive parts of an array along its first axis, as `jnp.split` gives them."""
+    if len(sizes) == 1:
+        return [array]
+    # XLA makes the code of kernels that are alike once. Those of slices are not, as each has its
+    # start in it: some 10 ms for every one of hundreds. Here the starts are operands, and the
+    # barrier keeps XLA from finding out their values.
+    starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint32)
+    first = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+        [jnp.uint32(start) for start in starts]
+    )
+    rest = [np.uint32(0)] * (array.ndim - 1)
+    # Words without a sign: for others JAX asks whether they count from the end.
+    return [
+        jax.lax.dynamic_slice(array, (start, *rest), (size, *array.shape[1:]))
+        for start, size in zip(first, sizes, strict=True)
+    ]
 
 
 def _of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -96,22 +124,27 @@ def draw(leaves: Sequence[_leaves.Leaf], keys: Sequence[jax.Array]) -> list[jax.
 
     Per leaf float32, shape `(*batch, rank, *columns)`.
     """
+    return draw_all(leaves, jnp.concatenate(keys)) if leaves else []
+
+
+def draw_all(leaves: Sequence[_leaves.Leaf], keys: jax.Array) -> list[jax.Array]:
+    """As `draw`, from the keys of all matrices in one array, leaf after leaf."""
+    rows = np.split(np.arange(len(keys)), np.cumsum([leaf.matrices for leaf in leaves])[:-1])
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        columns = tuple(leaf.shape[axis] for axis in leaf.columns)
-        groups.setdefault((leaf.projection, leaf.rank, columns), []).append(i)
+        groups.setdefault(leaf.drawn_like, []).append(i)
 
     # One call a group, not one a leaf: a call takes a quarter of a second to compile, and a model
-    # whose layers are not stacked has hundreds of leaves. Without the barrier XLA fuses the draw
-    # into every slice of it: minutes of compilation on a GPU where it now takes seconds.
+    # whose layers are not stacked has hundreds of leaves. Without the barriers XLA fuses what makes
+    # the keys into the draw, and the draw into every slice of it: minutes of compilation on a GPU
+    # where it now takes seconds.
+    keys = jax.lax.optimization_barrier(keys)  # type: ignore[no-untyped-call]
     drawn: dict[int, jax.Array] = {}
     for (_, rank, columns), members in groups.items():
-        stacked = jnp.concatenate([keys[i] for i in members])
-        matrices = jax.vmap(leaves[members[0]].draw_matrix)(stacked)
+        own = keys if len(groups) == 1 else keys[np.concatenate([rows[i] for i in members])]
+        matrices = jax.vmap(leaves[members[0]].draw_matrix)(own)
         matrices = jax.lax.optimization_barrier(matrices)  # type: ignore[no-untyped-call]
-        start = 0
-        for i in members:
-            stop = start + leaves[i].matrices
-            drawn[i] = matrices[start:stop].reshape(*leaves[i].stack_shape, rank, *columns)
-            start = stop
+        parts = split(matrices, [leaves[i].matrices for i in members])
+        for i, part in zip(members, parts, strict=True):
+            drawn[i] = part.reshape(*leaves[i].stack_shape, rank, *columns)
     return [drawn[i] for i in range(len(leaves))]

@@ -181,7 +181,11 @@ class Sketches:
     def draw(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
         """By its name, per compressed leaf its projections, `(*batch, rank, *columns)`, float32."""
         chosen = [leaf for leaf in (self.plan if leaves is None else leaves) if leaf.rank]
-        drawn = _keys.draw(chosen, list(self.keys(chosen).values()))
+        if not chosen:
+            return {}
+        words = [self.words[leaf.path] for leaf in chosen]
+        keys = _keys.of_all_matrices(chosen, words, self.key, self.cycle)
+        drawn = _keys.draw_all(chosen, keys)
         return {leaf.path: a for leaf, a in zip(chosen, drawn, strict=True)}
 
     def compress(
