@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry_2x32
 
-from florax import _checks, _leaves
+from florax import _checks, _cipher, _leaves
 
 
 def base_key(key: Any) -> jax.Array:
@@ -50,8 +49,7 @@ def fold(key: jax.Array, *data: jax.typing.ArrayLike) -> jax.Array:
 
 def fold_words(key: jax.Array, words: jax.Array) -> jax.Array:
     """Fold two words into a raw threefry key: it is their cipher."""
-    folded: jax.Array = threefry_2x32(key, words)
-    return folded
+    return jnp.stack(_cipher.encrypt(key, words[0], words[1]))
 
 
 def of_matrices(
