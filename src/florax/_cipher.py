@@ -14,11 +14,11 @@ _PARITY = np.uint32(0x1BD11BDA)
 
 @jax.jit
 def encrypt(key: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Encrypt pairs of words with a key, shape `(2,)`; all are uint32.
+    """Encrypt pairs of words with a key, shape `(2,)`, or each with its own, `(*n, 2)`; all uint32.
 
-    The words of a pair may have different shapes: they are broadcast against each other.
+    The words are broadcast against each other and against the keys.
     """
-    keys = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    keys = (key[..., 0], key[..., 1], key[..., 0] ^ key[..., 1] ^ _PARITY)
     first, second = first + keys[0], second + keys[1]
     for i in range(5):
         for distance in _ROTATIONS[i % 2]:
