@@ -82,6 +82,17 @@ def parameter_shapes(shape: Shape, dtype: Any) -> dict[str, Any]:
     return params
 
 
+def unstacked(params: dict[str, Any]) -> dict[str, Any]:
+    """The shapes of the same model with a list of layers in the place of each stack."""
+
+    def layers(stack: Any) -> list[Any]:
+        (height,) = {x.shape[0] for x in jax.tree.leaves(stack)}
+        layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
+        return [layer] * height
+
+    return {name: layers(x) if name in STACKS else x for name, x in params.items()}
+
+
 def random_parameters(shapes: dict[str, Any], key: Array) -> dict[str, Any]:
     """Normal weights of deviation 0.02 and norms of one, a layer at a time to stay small."""
 
@@ -124,11 +135,17 @@ def loss(shape: Shape, params: dict[str, Any], batch: dict[str, Array]) -> Array
 
 
 def scan(
-    shape: Shape, stack: dict[str, Any], x: Array, memory: Array | None = None, causal: bool = True
+    shape: Shape,
+    stack: dict[str, Any] | list[Any],
+    x: Array,
+    memory: Array | None = None,
+    causal: bool = True,
 ) -> Array:
-    """All layers of a stack, one after the other; x and the result are (B, T, C)."""
+    """All layers of a stack, one after the other; x and the result are (B, T, C).
 
-    @jax.checkpoint
+    A list of layers is neither scanned nor checkpointed.
+    """
+
     def layer(x: Array, w: dict[str, Any]) -> tuple[Array, None]:
         y = norm(x, w["attention_norm"])
         x = x + attention(shape, w["attention"], y, y, causal)
@@ -138,7 +155,9 @@ def scan(
         y = norm(x, w["feed_forward_norm"])
         return x + feed_forward(shape, w["feed_forward"], y), None
 
-    return jax.lax.scan(layer, x, stack)[0]
+    if isinstance(stack, list):
+        return functools.reduce(lambda x, w: layer(x, w)[0], stack, x)
+    return jax.lax.scan(jax.checkpoint(layer), x, stack)[0]
 
 
 def attention(shape: Shape, w: dict[str, Array], x: Array, memory: Array, causal: bool) -> Array:

@@ -67,6 +67,30 @@ def host_time(rows: list[Row]) -> str:
     return table(["on the host", "ms of the processor"], cells)
 
 
+def compile_time(rows: list[Row]) -> str:
+    """Against the first row, and what the compiled program holds in MiB."""
+    rows, failures = _split(rows)
+    cells = []
+    for r in rows:
+        times = [f"{r['seconds']:.1f}", f"{r['processor_seconds']:.1f}"]
+        ratios = [
+            f"{r['processor_seconds'] / against['processor_seconds']:.2f}" if against else "-"
+            for against in (
+                _of(rows, "ema" if _of(rows, "ema") else "plain"),
+                _of(rows, "multisteps"),
+            )
+        ]
+        sizes = [mebibytes(r["temporary_bytes"]), mebibytes(r["peak_bytes"])]
+        cells.append([r["settings"]["method"], *times, *ratios, *sizes])
+    without = "÷ ema" if _of(rows, "ema") else "÷ plain"
+    header = ["method", "clock s", "processor s", without, "÷ multisteps", "temporaries", "peak"]
+    return failures + table(header, cells)
+
+
+def _of(rows: list[Row], method: str) -> Row | None:
+    return next((r for r in rows if r["settings"]["method"] == method), None)
+
+
 OF = {
     "memory": memory,
     "speed": times,
@@ -75,6 +99,7 @@ OF = {
     "allreduce": allreduce,
     "peers": peers,
     "host_time": host_time,
+    "compile_time": compile_time,
 }
 
 

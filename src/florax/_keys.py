@@ -5,15 +5,15 @@ cycle, and on nothing else: not on other leaves, the sharding or the number of d
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry_2x32
 
-from florax import _checks, _leaves
+from florax import _checks, _cipher, _leaves
 
 
 def base_key(key: Any) -> jax.Array:
@@ -42,16 +42,15 @@ def words(label: Any) -> np.ndarray:
 
 
 def fold(key: jax.Array, *data: jax.typing.ArrayLike) -> jax.Array:
-    """Fold integers into a raw threefry key, one after the other."""
+    """Fold integers into raw threefry keys, `(*n, 2)`, one after the other."""
     for number in data:
         key = fold_words(key, jnp.stack([jnp.uint32(0), jnp.asarray(number).astype(jnp.uint32)]))
     return key
 
 
 def fold_words(key: jax.Array, words: jax.Array) -> jax.Array:
-    """Fold two words into a raw threefry key: it is their cipher."""
-    folded: jax.Array = threefry_2x32(key, words)
-    return folded
+    """Fold pairs of words, `(*n, 2)`, into one raw threefry key or a key each: their ciphers."""
+    return jnp.stack(_cipher.encrypt(key, words[..., 0], words[..., 1]), axis=-1)
 
 
 def of_matrices(
@@ -67,6 +66,17 @@ def of_matrices(
     """
     if not leaves:
         return []
+    packed = of_all_matrices(leaves, words, key, cycle)
+    return split(packed, [leaf.matrices for leaf in leaves])
+
+
+def of_all_matrices(
+    leaves: Sequence[_leaves.Leaf],
+    words: Sequence[jax.Array],
+    key: jax.Array,
+    cycle: jax.typing.ArrayLike,
+) -> jax.Array:
+    """The same as `of_matrices` in one array, leaf after leaf; there must be a leaf."""
     stacks: dict[tuple[int, ...], jax.Array] = {}
     for leaf in leaves:
         if leaf.stack_shape not in stacks:
@@ -74,12 +84,26 @@ def of_matrices(
     keys = jnp.concatenate([stacks[leaf.stack_shape] for leaf in leaves])
     own = [jnp.broadcast_to(w, (leaf.matrices, 2)) for w, leaf in zip(words, leaves, strict=True)]
     # All together: folding is a handful of tiny kernels, and a model has hundreds of matrices.
-    keys = jax.vmap(lambda key, words: fold_words(fold(key, cycle), words))(
-        keys, jnp.concatenate(own)
+    return fold_words(fold(keys, cycle), jnp.concatenate(own))
+
+
+def split(array: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Consecutive parts of an array along its first axis, as `jnp.split` gives them."""
+    if len(sizes) == 1:
+        return [array]
+    # XLA makes the code of kernels that are alike once. Those of slices are not, as each has its
+    # start in it: some 10 ms for every one of hundreds. Here the starts are operands, and the
+    # barrier keeps XLA from finding out their values.
+    starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint32)
+    first = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+        [jnp.uint32(start) for start in starts]
     )
-    bounds = np.cumsum([leaf.matrices for leaf in leaves])[:-1]
-    split: list[jax.Array] = jnp.split(keys, bounds)
-    return split
+    rest = [np.uint32(0)] * (array.ndim - 1)
+    # Words without a sign: for others JAX asks whether they count from the end.
+    return [
+        jax.lax.dynamic_slice(array, (start, *rest), (size, *array.shape[1:]))
+        for start, size in zip(first, sizes, strict=True)
+    ]
 
 
 def _of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -91,27 +115,57 @@ def _of_stack(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return keys
 
 
+def rows(array: jax.Array) -> list[jax.Array]:
+    """The rows of an array, as `split` takes it apart."""
+    return [row[0] for row in split(array, [1] * len(array))]
+
+
 def draw(leaves: Sequence[_leaves.Leaf], keys: Sequence[jax.Array]) -> list[jax.Array]:
     """The projections of compressed leaves from the keys of their matrices.
 
     Per leaf float32, shape `(*batch, rank, *columns)`.
     """
-    groups: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        columns = tuple(leaf.shape[axis] for axis in leaf.columns)
-        groups.setdefault((leaf.projection, leaf.rank, columns), []).append(i)
+    return draw_all(leaves, jnp.concatenate(keys)) if leaves else []
 
-    # One call a group, not one a leaf: a call takes a quarter of a second to compile, and a model
-    # whose layers are not stacked has hundreds of leaves. Without the barrier XLA fuses the draw
-    # into every slice of it: minutes of compilation on a GPU where it now takes seconds.
+
+def draw_all(
+    leaves: Sequence[_leaves.Leaf], keys: jax.Array, limit: float = math.inf
+) -> list[jax.Array]:
+    """As `draw`, from the keys of all matrices in one array, leaf after leaf.
+
+    What is drawn together has at most `limit` bytes, or is that of a single leaf.
+    """
+    starts = np.cumsum([0, *(leaf.matrices for leaf in leaves)])
+    # Without the barriers XLA fuses what makes the keys into the draw, and the draw into every
+    # slice of it: minutes of compilation on a GPU where it now takes seconds.
+    keys = jax.lax.optimization_barrier(keys)  # type: ignore[no-untyped-call]
     drawn: dict[int, jax.Array] = {}
-    for (_, rank, columns), members in groups.items():
-        stacked = jnp.concatenate([keys[i] for i in members])
-        matrices = jax.vmap(leaves[members[0]].draw_matrix)(stacked)
+    for members in chunks(leaves, limit):
+        numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+        own = keys if len(numbers) == len(keys) else keys[numbers]
+        matrices = jax.vmap(leaves[members[0]].draw_matrix)(own)
         matrices = jax.lax.optimization_barrier(matrices)  # type: ignore[no-untyped-call]
-        start = 0
-        for i in members:
-            stop = start + leaves[i].matrices
-            drawn[i] = matrices[start:stop].reshape(*leaves[i].stack_shape, rank, *columns)
-            start = stop
+        parts = split(matrices, [leaves[i].matrices for i in members])
+        for i, part in zip(members, parts, strict=True):
+            drawn[i] = part.reshape(*leaves[i].stack_shape, *part.shape[1:])
     return [drawn[i] for i in range(len(leaves))]
+
+
+def chunks(leaves: Sequence[_leaves.Leaf], limit: float = math.inf) -> list[list[int]]:
+    """Numbers of leaves whose projections are drawn in one call, in the order of their first ones.
+
+    They are alike, and follow each other among those alike: one call a group, not one a leaf, for a
+    model whose layers are not stacked has hundreds of leaves, and a call is 150 operations, which
+    all of XLA's passes go through.
+    """
+    open_chunks: dict[Any, tuple[list[int], int]] = {}
+    found: list[list[int]] = []
+    for i, leaf in enumerate(leaves):
+        size = leaf.projection_bytes
+        members, held = open_chunks.get(leaf.drawn_like, ([], 0))
+        if not members or held + size > limit:
+            members, held = [], 0
+            found.append(members)
+        members.append(i)
+        open_chunks[leaf.drawn_like] = members, held + size
+    return found

@@ -63,6 +63,18 @@ class Leaf:
         """How many matrices the leaf is a stack of."""
         return math.prod(self.stack_shape)
 
+    @property
+    def drawn_like(self) -> tuple[Any, ...]:
+        """Leaves for which this is the same have their projections drawn by the same program."""
+        return (self.projection, self.rank, tuple(self.shape[axis] for axis in self.columns))
+
+    @property
+    def projection_bytes(self) -> int:
+        """Size of its projections, float32."""
+        assert self.rank is not None
+        columns = math.prod(self.shape[axis] for axis in self.columns)
+        return 4 * self.matrices * self.rank * columns
+
     def layer(self) -> "Leaf":
         """One layer of a stack along the first axis: as a leaf of its own.
 

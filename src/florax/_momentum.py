@@ -140,6 +140,7 @@ def flora_momentum(
         sketches, _ = state.sketch.checked(settings)
         grads, treedef = sketches.match(updates)
         drawn = sketches.draw()
+        read = iter(sketches.read([grad for grad in grads if _sketches.is_sketch(grad)]))
 
         emitted, kept = [], []
         likes = grads if params is None else sketches.aligned("params", params)
@@ -159,7 +160,7 @@ def flora_momentum(
                     f"residual=True needs the full gradient of {leaf.path}, got its sketch. Use "
                     "jax.value_and_grad, or residual=False."
                 )
-            sketch = grad.read(sketches.key_of(leaf)) if born else leaf.compress(grad, a)
+            sketch = next(read) if born else leaf.compress(grad, a)
             new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
             # One decompression serves both parts: M A + G − (G Aᵀ) A = G + (M − G Aᵀ) A.

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry2x32_p
+
+from florax import _cipher
 
 Projection = Literal["gaussian", "cosine"]
 
@@ -47,13 +48,8 @@ def _bits(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]
     anew, and bits that changed would turn it into noise.
     """
     position = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    # The words of the key stay scalars, the cipher's loop would carry arrays of them. The zero has
-    # their axis under `vmap`, which the cipher asks for.
-    zero = jnp.zeros_like(position) + (key[0] & 0)
-    first, second = threefry2x32_p.bind(  # type: ignore[no-untyped-call]
-        key[0], key[1], zero, position + zero
-    )
-    return first, second
+    words: tuple[jax.Array, jax.Array] = _cipher.encrypt(key, jnp.uint32(0), position)
+    return words
 
 
 def _gaussian(key: jax.Array, rank: int, size: int) -> jax.Array:

@@ -49,32 +49,18 @@ class Sketch:
 
     @classmethod
     def of(cls, array: jax.Array, leaf: _leaves.Leaf, key: jax.Array) -> "Sketch":
-        """With the stamp of the leaf's key in the cycle."""
-        stamp = _WEIGHT * jnp.append(_digits(key), jnp.float32(1))
+        """With the stamp of the leaf's key in the cycle; of many leaves, use `Sketches.stamped`."""
+        stamp = _WEIGHT * jnp.append(_digits(key[None]), jnp.float32(1))
         return cls(array, _meshes.varying_as(stamp, array), leaf)
-
-    def read(self, key: jax.Array) -> jax.Array:
-        """The array, if it was made with the projections of that key."""
-        weight, error = self.stamp[4], self.stamp[:4] - self.stamp[4] * _digits(key)
-        # A digit is a multiple of 2⁻¹⁶; sums and means of stamps are off by some roundings. What
-        # is not finite comes from a factor that is not, and the array has it too.
-        tolerance = max(2.0**-12, 8 * float(jnp.finfo(self.stamp.dtype).eps))  # type: ignore[no-untyped-call]
-        close = jnp.abs(error) <= tolerance * jnp.abs(weight)
-        if agrees(jnp.all(close) | ~jnp.isfinite(weight)) is False:
-            raise ValueError(
-                f"The sketch of {self.leaf.path} was made for another state: of another cycle or "
-                "key. Give value_and_grad the very state as opt_state that is updated with it."
-            )
-        return where_true(jnp.all(close), self.array)
 
 
 # Sums of squares of gradients must not notice it, and float32 must hold it.
 _WEIGHT = 2.0**-60
 
 
-def _digits(key: jax.Array) -> jax.Array:
-    """A key as four numbers in [1, 2), shape `(4,)`, float32."""
-    halves = jnp.stack([key >> 16, key & 0xFFFF]).reshape(4)
+def _digits(keys: jax.Array) -> jax.Array:
+    """Keys as four numbers in [1, 2) each, shape `(n, 4)`, float32."""
+    halves = jnp.concatenate([keys >> 16, keys & 0xFFFF], axis=1)
     return 1 + halves.astype(jnp.float32) * 2.0**-16
 
 
@@ -175,13 +161,63 @@ class Sketches:
         return {leaf.path: key for leaf, key in zip(chosen, own, strict=True)}
 
     def key_of(self, leaf: _leaves.Leaf) -> jax.Array:
-        """The leaf's key in the cycle, without an index in a stack."""
-        return _keys.fold_words(_keys.fold(self.key, self.cycle), self.words[leaf.path])
+        """The leaf's key in the cycle, without an index in a stack; of many leaves, `keys_of`."""
+        return self.keys_of([leaf])[0]
+
+    def keys_of(self, leaves: Sequence[_leaves.Leaf]) -> jax.Array:
+        """The keys of compressed leaves in the cycle, without an index in a stack, `(n, 2)`."""
+        key = _keys.fold(self.key, self.cycle)
+        return _keys.fold_words(key, jnp.stack([self.words[leaf.path] for leaf in leaves]))
+
+    def stamped(self, arrays: Sequence[jax.Array], leaves: Sequence[_leaves.Leaf]) -> list[Sketch]:
+        """Sketches of compressed leaves that were made with the projections of the cycle."""
+        if not leaves:
+            return []
+        digits = _digits(self.keys_of(leaves))
+        stamps = _WEIGHT * jnp.concatenate([digits, jnp.ones_like(digits[:, :1])], axis=1)
+        triples = zip(arrays, _keys.rows(stamps), leaves, strict=True)
+        return [Sketch(x, _meshes.varying_as(stamp, x), leaf) for x, stamp, leaf in triples]
+
+    def read(self, sketches: Sequence[Sketch]) -> list[jax.Array]:
+        """Their arrays, if they were made with the projections of the cycle; else NaN."""
+        # All together, but for those whose stamps have other axes of a `shard_map` in their type.
+        groups: dict[Any, list[int]] = {}
+        for i, sketch in enumerate(sketches):
+            groups.setdefault(_meshes.varying(sketch.stamp), []).append(i)
+        arrays = {}
+        for members in groups.values():
+            own = [sketches[i] for i in members]
+            are_right = self._are_right(own)
+            for i, sketch, is_right in zip(members, own, _keys.rows(are_right), strict=True):
+                if agrees(is_right) is False:
+                    raise ValueError(
+                        f"The sketch of {sketch.leaf.path} was made for another state: of another "
+                        "cycle or key. Give value_and_grad the very state as opt_state that is "
+                        "updated with it."
+                    )
+                arrays[i] = where_true(is_right, sketch.array)
+        return [arrays[i] for i in range(len(sketches))]
+
+    def _are_right(self, sketches: Sequence[Sketch]) -> jax.Array:
+        """Which of them have the stamps of the cycle."""
+        stamps = jnp.stack([sketch.stamp for sketch in sketches])
+        weights = stamps[:, 4:]
+        errors = stamps[:, :4] - weights * _digits(self.keys_of([own.leaf for own in sketches]))
+        # A digit is a multiple of 2⁻¹⁶; sums and means of stamps are off by some roundings. What
+        # is not finite comes from a factor that is not, and the array has it too.
+        eps = [float(jnp.finfo(sketch.stamp.dtype).eps) for sketch in sketches]  # type: ignore[no-untyped-call]
+        tolerances = np.array([[max(2.0**-12, 8 * own)] for own in eps], np.float32)
+        close = jnp.abs(errors) <= tolerances * jnp.abs(weights)
+        return jnp.all(close, axis=1)
 
     def draw(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
         """By its name, per compressed leaf its projections, `(*batch, rank, *columns)`, float32."""
         chosen = [leaf for leaf in (self.plan if leaves is None else leaves) if leaf.rank]
-        drawn = _keys.draw(chosen, list(self.keys(chosen).values()))
+        if not chosen:
+            return {}
+        words = [self.words[leaf.path] for leaf in chosen]
+        keys = _keys.of_all_matrices(chosen, words, self.key, self.cycle)
+        drawn = _keys.draw_all(chosen, keys)
         return {leaf.path: a for leaf, a in zip(chosen, drawn, strict=True)}
 
     def compress(
@@ -190,10 +226,11 @@ class Sketches:
         """Per leaf the sketch of its gradient, which may be one already; dense ones as they are."""
         pairs = list(zip(self.plan if leaves is None else leaves, grads, strict=True))
         drawn = self.draw([leaf for leaf, grad in pairs if not isinstance(grad, Sketch)])
+        born = iter(self.read([grad for _, grad in pairs if isinstance(grad, Sketch)]))
         sketches = []
         for leaf, grad in pairs:
             if isinstance(grad, Sketch):
-                sketches.append(grad.read(self.key_of(leaf)))
+                sketches.append(next(born))
             else:
                 a = drawn.get(leaf.path)
                 sketches.append(grad if a is None else leaf.compress(grad, a))
@@ -245,16 +282,25 @@ class Sketches:
         Sketches are rounded stochastically, so that they are right on average; leaves that are kept
         dense are cast, as Optax does.
         """
-        base = _keys.fold(self.key, *counts)
-        rounded = []
-        for leaf, value, old in zip(self.plan, values, self.leaves(), strict=True):
-            if leaf.rank is None or jnp.promote_types(value.dtype, old.dtype) == old.dtype:
-                rounded.append(value.astype(old.dtype))
-                continue
+        pairs = [*zip(self.plan, values, self.leaves(), strict=True)]
+        narrowed = [
+            leaf.path
+            for leaf, value, old in pairs
+            if leaf.rank and jnp.promote_types(value.dtype, old.dtype) != old.dtype
+        ]
+        keys = {}
+        if narrowed:
+            base = _keys.fold(self.key, *counts)
+            words = _keys.fold_words(base, jnp.stack([self.words[path] for path in narrowed]))
             # One fold more than for a projection: no rounding shares a key with one.
-            words = _keys.fold(_keys.fold_words(base, self.words[leaf.path]), 0)
-            rounded.append(_projection.stochastic_round(value, old.dtype, words))
-        return rounded
+            words = _keys.fold_words(words, jnp.zeros_like(words))
+            keys = dict(zip(narrowed, _keys.rows(words), strict=True))
+        return [
+            _projection.stochastic_round(value, old.dtype, keys[leaf.path])
+            if leaf.path in keys
+            else value.astype(old.dtype)
+            for leaf, value, old in pairs
+        ]
 
 
 def _digest(plan: Sequence[_leaves.Leaf], settings: tuple[Any, ...]) -> np.ndarray:
