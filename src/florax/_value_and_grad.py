@@ -283,9 +283,12 @@ def value_and_grad(
         }
         results, sketches, dense = differentiate(program, found, totals)
         grads: list[Any] = [dense.get(i) for i in range(len(program.leaves))]
-        for i, own in found.items():
-            key = own.sketches.key_of(own.leaf)
-            grads[i] = _sketches.Sketch.of(sketches[i], own.leaf, key)
+        for own in {id(born.sketches): born.sketches for born in found.values()}.values():
+            numbers = [i for i, born in found.items() if born.sketches is own]
+            leaves = [found[i].leaf for i in numbers]
+            stamped = own.stamped([sketches[i] for i in numbers], leaves)
+            for i, sketch in zip(numbers, stamped, strict=True):
+                grads[i] = sketch
         return program.result(results), jax.tree.unflatten(program.treedef, grads)
 
     return value_and_grad_fn
