@@ -159,6 +159,16 @@ def line(equation: Equation) -> str:
     return source_info_util.summarize(equation.source_info).rsplit("/", 1)[-1]
 
 
+def first_reads(jaxpr: Jaxpr) -> list[int]:
+    """For every operand the number of the equation that first reads it."""
+    found: dict[Any, int] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        for var in equation.invars:
+            if not isinstance(var, Literal):
+                found.setdefault(var, number)
+    return [found.get(var, len(jaxpr.eqns)) for var in jaxpr.invars]
+
+
 def order(jaxpr: Jaxpr) -> list[tuple[int, ...]]:
     """For every result when it is computed: positions that compare as the equations follow."""
     made: dict[Any, tuple[int, ...]] = {}

@@ -66,7 +66,10 @@ def of_matrices(
     """
     if not leaves:
         return []
-    packed = of_all_matrices(leaves, words, key, cycle)
+    # Without the barrier the cipher would become a part of every slice.
+    packed = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+        of_all_matrices(leaves, words, key, cycle)
+    )
     return split(packed, [leaf.matrices for leaf in leaves])
 
 

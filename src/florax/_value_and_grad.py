@@ -17,6 +17,7 @@ from florax import (
     _dimensions,
     _evaluator,
     _jaxprs,
+    _keys,
     _leaves,
     _meshes,
     _sketches,
@@ -29,7 +30,8 @@ class Born(NamedTuple):
 
     Attributes:
       leaf: the leaf.
-      keys: of its matrices in the cycle, shape `(matrices, 2)`; of a dense leaf, none.
+      keys: of its matrices in the cycle, shape `(matrices, 2)`, or what was drawn with them; of a
+        dense leaf, none.
       sketches: what it will be added to.
     """
 
@@ -172,12 +174,36 @@ def differentiate(
         (value, *aux), carriers, _ = _evaluate(program, found, carriers, dense)
         return (value, carriers), aux
 
+    found = _with_projections(program, found)
     carriers = {
         number: _meshes.varying_as(jnp.zeros_like(total), total) for number, total in totals.items()
     }
     (value, _), pull, aux = jax.vjp(loss, carriers, dense, has_aux=True)
     sketches, grads = pull((jnp.ones_like(value), totals))
     return [value, *aux], sketches, grads
+
+
+# What is drawn in one call: whatever of it is not needed yet, or not any more, is in the way.
+_DRAWN_TOGETHER = 2**25
+
+
+def _with_projections(program: Program, found: dict[int, Born]) -> dict[int, Born]:
+    """With projections in the place of the keys of single matrices, drawn many in one call.
+
+    Where layers are not stacked there are hundreds of them, and a draw at every use would take most
+    of the time to compile. Those are together that the loss reads one after the other.
+    """
+    place = _jaxprs.first_reads(program.jaxpr)
+    numbers = sorted(
+        (i for i, own in found.items() if own.leaf.rank and not own.leaf.batch),
+        key=place.__getitem__,
+    )
+    if not numbers:
+        return found
+    keys = jnp.concatenate([found[i].keys for i in numbers])
+    drawn = _keys.draw_all([found[i].leaf for i in numbers], keys, _DRAWN_TOGETHER)
+    pairs = zip(numbers, drawn, strict=True)
+    return {**found, **{i: found[i]._replace(keys=a) for i, a in pairs}}
 
 
 def obstacles(program: Program, found: dict[int, Born]) -> dict[int, tuple[str, ...]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from florax import _leaves, _meshes
 
@@ -266,8 +267,10 @@ class View:
         """The projections in view, `(*stack, rank, *columns)`, float32.
 
         Their axes are those of `keys` and `columns`. Given are the keys of all matrices of the
-        leaf, shape `(n, 2)`.
+        leaf, shape `(n, 2)`; or, of a single one, its projection.
         """
+        if not jnp.issubdtype(keys.dtype, jnp.integer):
+            return self.columns.take(keys, positions, 1)
         keys = self.keys.take(keys.reshape(*self.leaf.stack_shape, 2), positions)
         draw = self.leaf.draw_matrix
         for _ in range(keys.ndim - 1):
