@@ -461,3 +461,14 @@ def test_a_16_bit_sketch_is_differentiated_as_a_cast_is():
     np.testing.assert_allclose(rounded, exact, rtol=2.0**-6)
     ema = updated(optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16))
     assert np.all(np.isfinite(ema))
+
+
+# --- transfers
+
+
+@pytest.mark.parametrize("tx", [momentum(), accumulate(optax.sgd(0.1))], ids=["momentum", "sgd"])
+def test_init_sends_nothing_to_the_device(tx):
+    params = jax.tree.map(jnp.asarray, SMALL)
+    with jax.transfer_guard("disallow"):
+        state = tx.init(params)
+    chex.assert_trees_all_equal(state, tx.init(params))

@@ -115,7 +115,7 @@ def flora_momentum(
         )
 
     def init_fn(params: optax.Params) -> FloraMomentumState:
-        count = jnp.zeros([], jnp.int32)
+        count = jax.jit(lambda: jnp.int32(0))()
         if _sketches.is_stand_in(params):
             return FloraMomentumState(count, cast(_sketches.Sketches, count))
         dtype = accumulator_dtype

@@ -115,11 +115,17 @@ class Sketches:
         """Of zero, for planned `params`; `dtype` gives the state's dtype for a parameter's."""
         register_with_flax(cls, ("arrays", "words", "key", "cycle", "digest"))
         flat = jax.tree.leaves(params)
-        zeros = [leaf.zeros(x, dtype(leaf.dtype)) for leaf, x in zip(plan, flat, strict=True)]
+
+        @jax.jit  # in a program of its own: nothing is sent to the device for it
+        def fields() -> tuple[list[jax.Array], Any]:
+            zeros = [leaf.zeros(x, dtype(leaf.dtype)) for leaf, x in zip(plan, flat, strict=True)]
+            words = {leaf.path: jnp.array(_keys.words(leaf.path)) for leaf in plan if leaf.rank}
+            cycle, digest = jnp.zeros([], jnp.int32), jnp.array(_digest(plan, settings))
+            return zeros, (words, _keys.base_key(key), cycle, digest)
+
+        zeros, others = fields()
         arrays = _boxes.fill(params, zeros, [leaf.kept_axes for leaf in plan])
-        words = {leaf.path: jnp.array(_keys.words(leaf.path)) for leaf in plan if leaf.rank}
-        digest, cycle = jnp.array(_digest(plan, settings)), jnp.zeros([], jnp.int32)
-        return cls(arrays, words, _keys.base_key(key), cycle, digest, plan, settings)
+        return cls(arrays, *others, plan, settings)
 
     def leaves(self) -> list[jax.Array]:
         """The arrays in the order of `plan`."""
