@@ -123,9 +123,9 @@ class Sketches:
             cycle, digest = jnp.zeros([], jnp.int32), jnp.array(_digest(plan, settings))
             return zeros, (words, _keys.base_key(key), cycle, digest)
 
-        zeros, others = fields()
+        zeros, (words, base, cycle, digest) = fields()
         arrays = _boxes.fill(params, zeros, [leaf.kept_axes for leaf in plan])
-        return cls(arrays, *others, plan, settings)
+        return cls(arrays, words, base, cycle, digest, plan, settings)
 
     def leaves(self) -> list[jax.Array]:
         """The arrays in the order of `plan`."""

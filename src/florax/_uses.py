@@ -23,8 +23,8 @@ class Source(NamedTuple):
     """What the sketch of a part of a weight is made with.
 
     Attributes:
-      keys: of all matrices of the leaf, shape `(n, 2)`; or, of a single one, its projection, float32,
-        shape `(rank, *columns)`.
+      keys: of all matrices of the leaf, shape `(n, 2)`; or, of a single one, its projection, shape
+        `(rank, *columns)`, float32.
       positions: the places at which parts were taken, as far as they are traced.
       scales: the factors by which it is multiplied.
     """
