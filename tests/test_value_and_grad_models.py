@@ -76,8 +76,7 @@ def nnx_attention(nnx):
 
 def nnx_convolution(nnx):
     model = nnx.Conv(WIDTH, INNER, kernel_size=2, rngs=nnx.Rngs(0))
-    dense = {"['kernel']": "conv_general_dilated"}
-    return of_nnx(nnx, model, dense, {"kernel": Axes((0, 1), 2)})
+    return of_nnx(nnx, model, axes={"kernel": Axes((0, 1), 2)})
 
 
 def nnx_tied_head(nnx):

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from florax import (
     _convolutions,
@@ -234,9 +235,17 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
         for source in sources[len(parts.carry) :]
     ]
 
+    # The keys of all stacks side by side, shape (layers, keys of a layer, 2): a slice and a copy a
+    # layer, not one for every weight.
+    weights = [stack for stack in stacks if isinstance(stack, _weights.Weight)]
+    keys = [own for weight in weights for own in weight.layer_keys()]
+    packed = jnp.concatenate(keys, axis=1) if keys else None
+    starts = np.cumsum([own.shape[1] for own in keys])[:-1]
+
     def body(carry: Any, xs: Any) -> Any:
         moving, totals = carry
-        index, slices = xs
+        index, layer_keys, slices = xs
+        own_keys = iter([] if layer_keys is None else jnp.split(layer_keys, starts))
         inner = ev.entered(equation, parts.body, wanted, totals)
         moving_values = iter(moving)
         carried = [
@@ -244,7 +253,7 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
             for value, stays in zip(start, constant, strict=True)
         ]
         sliced = [
-            stack.at(own[0], own[1], index) if isinstance(stack, _weights.Weight) else own
+            stack.at(index, own[0], own[1], own_keys) if isinstance(stack, _weights.Weight) else own
             for stack, own in zip(stacks, slices, strict=True)
         ]
         results = inner.run(parts.body, parts.body_consts, *parts.consts, *carried, *sliced)
@@ -263,7 +272,7 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
     (moved, totals), collected = jax.lax.scan(
         body,
         (moving, ev.inside([*parts.consts, *start, *stacks])),
-        (jnp.arange(params["length"], dtype=jnp.int32), xs),
+        (jnp.arange(params["length"], dtype=jnp.int32), packed, xs),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

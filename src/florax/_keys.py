@@ -90,10 +90,17 @@ def of_all_matrices(
     return fold_words(fold(keys, cycle), jnp.concatenate(own))
 
 
+# Up to so many parts XLA may take slices into what uses them; more take too long to compile.
+_FEW = 16
+
+
 def split(array: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
     """Consecutive parts of an array along its first axis, as `jnp.split` gives them."""
     if len(sizes) == 1:
         return [array]
+    if len(sizes) <= _FEW:
+        few: list[jax.Array] = jnp.split(array, np.cumsum(sizes)[:-1])
+        return few
     # XLA makes the code of kernels that are alike once. Those of slices are not, as each has its
     # start in it: some 10 ms for every one of hundreds. Here the starts are operands, and the
     # barrier keeps XLA from finding out their values.
@@ -148,11 +155,11 @@ def draw_all(
         own = keys if len(numbers) == len(keys) else keys[numbers]
         matrices = jax.vmap(leaves[members[0]].draw_matrix)(own)
         matrices = jax.lax.optimization_barrier(matrices)  # type: ignore[no-untyped-call]
-        # Taken apart before any is used: else XLA on a CPU finds orders in which more gradients are
-        # alive at once.
-        parts = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
-            split(matrices, [leaves[i].matrices for i in members])
-        )
+        parts = split(matrices, [leaves[i].matrices for i in members])
+        if len(members) > _FEW:
+            # Taken apart before any is used: else XLA on a CPU finds orders in which more gradients
+            # are alive at once.
+            parts = jax.lax.optimization_barrier(parts)  # type: ignore[no-untyped-call]
         for i, part in zip(members, parts, strict=True):
             drawn[i] = part.reshape(*leaves[i].stack_shape, *part.shape[1:])
     return [drawn[i] for i in range(len(leaves))]

@@ -88,6 +88,11 @@ class Part:
         axes = tuple(own.index(axis) if axis in own else None for axis in range(len(shape)))
         return cls(axes, tuple(shape[axis] for axis in own))
 
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the whole."""
+        return self.steps[0].before if self.steps else self.shape
+
     def order(self) -> list[int]:
         """The view's axes in the order of the part's."""
         named = {part: axis for axis, part in enumerate(self.axes) if part is not None}
@@ -263,15 +268,27 @@ class View:
             raise Opaque("is of every entry by itself")
         return dataclasses.replace(self, scales=(*self.scales, Part.of(own, shape)))
 
+    def layer_keys(self, keys: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
+        """The keys of every position along the first axis, shape `(positions, n, 2)`."""
+        own = self.keys.take(keys.reshape(*self.keys.whole, 2), positions)
+        return jnp.moveaxis(own, self.keys.order().index(0), 0).reshape(self.shape[0], -1, 2)
+
+    def with_layer_keys(self) -> "View":
+        """A layer of it, for which its own keys are the whole."""
+        shape = tuple(self.shape[axis] for axis in self.keys.order() if axis)
+        own = sorted(a for a in self.keys.axes[1:] if a is not None)
+        axes = (None, *(None if a is None else own.index(a) for a in self.keys.axes[1:]))
+        return dataclasses.replace(self, keys=Part(axes, shape))
+
     def draw(self, keys: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
         """The projections in view, `(*stack, rank, *columns)`, float32.
 
-        Their axes are those of `keys` and `columns`. Given are the keys of all matrices of the
-        leaf, shape `(n, 2)`; or, of a single one, its projection.
+        Their axes are those of `keys` and `columns`. Given are the keys of all matrices, shape
+        `(n, 2)`; or, of a single one, its projection.
         """
         if not jnp.issubdtype(keys.dtype, jnp.integer):
             return self.columns.take(keys, positions, 1)
-        keys = self.keys.take(keys.reshape(*self.leaf.stack_shape, 2), positions)
+        keys = self.keys.take(keys.reshape(*self.keys.whole, 2), positions)
         draw = self.leaf.draw_matrix
         for _ in range(keys.ndim - 1):
             draw = jax.vmap(draw)

@@ -5,7 +5,7 @@ entries moved, or multiplied by factors. They know nothing of gradients but what
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -61,12 +61,27 @@ class Weight:
         stacked = all((v.keys if v.leaf.rank else v.sketch).axes[0] is not None for v in views)
         return stacked and self.is_whole(0)
 
-    def at(self, array: jax.Array, root: jax.Array | None, index: jax.Array) -> "Weight":
-        """One position along the first axis, with its values."""
+    def layer_keys(self) -> list[jax.Array]:
+        """Per piece that is compressed its keys, a row for every position along the first axis."""
         pairs = zip(self.pieces, self.sources, strict=True)
-        pieces = [p.place(0, 1, len(own.positions)).squeeze([0]) for p, own in pairs]
-        sources = tuple(own._replace(positions=(*own.positions, index)) for own in self.sources)
-        return self.replace(pieces, array=array, root=root, sources=sources)
+        return [p.view.layer_keys(s.keys, s.positions) for p, s in pairs if p.view.leaf.rank]
+
+    def at(
+        self,
+        index: jax.Array,
+        array: jax.Array,
+        root: jax.Array | None,
+        keys: Iterator[jax.Array],
+    ) -> "Weight":
+        """One position along the first axis, with its values, and its rows of `layer_keys`."""
+        pieces, sources = [], []
+        for piece, source in zip(self.pieces, self.sources, strict=True):
+            if piece.view.leaf.rank:
+                piece = piece.moved(piece.view.with_layer_keys(), piece.offset)
+                source = source._replace(keys=next(keys))
+            pieces.append(piece.place(0, 1, len(source.positions)).squeeze([0]))
+            sources.append(source._replace(positions=(*source.positions, index)))
+        return self.replace(pieces, array=array, root=root, sources=tuple(sources))
 
     def times(self, scale: jax.Array) -> "Weight":
         """With a factor, which the array has already, noted of its pieces."""
