@@ -145,11 +145,7 @@ def draw_all(
         own = keys if len(numbers) == len(keys) else keys[numbers]
         matrices = jax.vmap(leaves[members[0]].draw_matrix)(own)
         matrices = jax.lax.optimization_barrier(matrices)  # type: ignore[no-untyped-call]
-        # Taken apart before any is used: else XLA on a CPU finds orders in which more gradients are
-        # alive at once.
-        parts = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
-            split(matrices, [leaves[i].matrices for i in members])
-        )
+        parts = split(matrices, [leaves[i].matrices for i in members])
         for i, part in zip(members, parts, strict=True):
             drawn[i] = part.reshape(*leaves[i].stack_shape, *part.shape[1:])
     return [drawn[i] for i in range(len(leaves))]
