@@ -189,7 +189,8 @@ class Sketches:
             own = [sketches[i] for i in members]
             are_right = self._are_right(own)
             for i, sketch, is_right in zip(members, own, _keys.rows(are_right), strict=True):
-                if agrees(is_right) is False:
+                # What is not finite comes from a factor that is not, and the array has it too.
+                if agrees(is_right) is False and jnp.isfinite(sketch.stamp[4]):
                     raise ValueError(
                         f"The sketch of {sketch.leaf.path} was made for another state: of another "
                         "cycle or key. Give value_and_grad the very state as opt_state that is "
@@ -203,8 +204,7 @@ class Sketches:
         stamps = jnp.stack([sketch.stamp for sketch in sketches])
         weights = stamps[:, 4:]
         errors = stamps[:, :4] - weights * _digits(self.keys_of([own.leaf for own in sketches]))
-        # A digit is a multiple of 2⁻¹⁶; sums and means of stamps are off by some roundings. What
-        # is not finite comes from a factor that is not, and the array has it too.
+        # A digit is a multiple of 2⁻¹⁶; sums and means of stamps are off by some roundings.
         eps = [float(jnp.finfo(sketch.stamp.dtype).eps) for sketch in sketches]  # type: ignore[no-untyped-call]
         tolerances = np.array([[max(2.0**-12, 8 * own)] for own in eps], np.float32)
         close = jnp.abs(errors) <= tolerances * jnp.abs(weights)
