@@ -9,7 +9,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 from numpy.testing import assert_allclose, assert_array_equal
 
-from florax import _projection
+from florax import _cipher, _projection
 
 PROJECTIONS = _projection.PROJECTIONS
 
@@ -170,3 +170,14 @@ def test_stochastic_rounding_keeps_what_needs_no_rounding(dtype):
     for seed in range(5):
         rounded = _projection.stochastic_round(exact.astype(jnp.float32), dtype, raw_key(seed))
         assert_array_equal(np.asarray(rounded, np.float32), np.asarray(exact, np.float32))
+
+
+def test_the_cipher_is_threefry():
+    """To the bit that of JAX, for one key and for a key each."""
+    keys = raw_keys(3, 7)
+    words = jax.random.bits(jax.random.key(4), (7, 2), jnp.uint32)
+    for own in (keys, keys[0]):
+        each = jnp.broadcast_to(own, (7, 2))
+        wanted = [threefry_2x32(k, w) for k, w in zip(each, words, strict=True)]
+        got = jnp.stack(_cipher.encrypt(own, words[:, 0], words[:, 1]), axis=1)
+        assert_array_equal(got, jnp.stack(wanted))

@@ -202,7 +202,11 @@ class _Accumulation:
             aligned = grads if params is None else state.sketch.aligned("params", params)
             pairs = zip(grads, aligned, strict=True)
             likes = [own if _sketches.is_sketch(grad) else grad for grad, own in pairs]
-            drawn = state.sketch.draw()
+            # All there before any is used: else XLA on a CPU finds orders of the updates in which
+            # an eighth more is alive at once.
+            drawn = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
+                state.sketch.draw()
+            )
             mean = [
                 decompress(leaf, drawn.get(leaf.path), like, own)
                 for leaf, like, own in zip(state.sketch.plan, likes, total, strict=True)

@@ -156,10 +156,6 @@ def draw_all(
         matrices = jax.vmap(leaves[members[0]].draw_matrix)(own)
         matrices = jax.lax.optimization_barrier(matrices)  # type: ignore[no-untyped-call]
         parts = split(matrices, [leaves[i].matrices for i in members])
-        if len(members) > _FEW:
-            # Taken apart before any is used: else XLA on a CPU finds orders in which more gradients
-            # are alive at once.
-            parts = jax.lax.optimization_barrier(parts)  # type: ignore[no-untyped-call]
         for i, part in zip(members, parts, strict=True):
             drawn[i] = part.reshape(*leaves[i].stack_shape, *part.shape[1:])
     return [drawn[i] for i in range(len(leaves))]

@@ -47,12 +47,6 @@ class Sketch:
         """Raise: a sketch is not a gradient."""
         self.__jax_array__()
 
-    @classmethod
-    def of(cls, array: jax.Array, leaf: _leaves.Leaf, key: jax.Array) -> "Sketch":
-        """With the stamp of the leaf's key in the cycle; of many leaves, use `Sketches.stamped`."""
-        stamp = _WEIGHT * jnp.append(_digits(key[None]), jnp.float32(1))
-        return cls(array, _meshes.varying_as(stamp, array), leaf)
-
 
 # Sums of squares of gradients must not notice it, and float32 must hold it.
 _WEIGHT = 2.0**-60
@@ -165,10 +159,6 @@ class Sketches:
         words = [self.words[leaf.path] for leaf in chosen]
         own = _keys.of_matrices(chosen, words, self.key, self.cycle)
         return {leaf.path: key for leaf, key in zip(chosen, own, strict=True)}
-
-    def key_of(self, leaf: _leaves.Leaf) -> jax.Array:
-        """The leaf's key in the cycle, without an index in a stack; of many leaves, `keys_of`."""
-        return self.keys_of([leaf])[0]
 
     def keys_of(self, leaves: Sequence[_leaves.Leaf]) -> jax.Array:
         """The keys of compressed leaves in the cycle, without an index in a stack, `(n, 2)`."""
