@@ -84,11 +84,17 @@ class Plain:
 
 
 class Weight(NamedTuple):
-    """A stacked parameter: its value, its number, and the casts through which a layer reads it."""
+    """A stacked parameter.
 
-    value: jax.Array
+    Attributes:
+      number: of the parameter.
+      axis: of its layers.
+      casts: and transposes through which a scan reads it, with the layers' axis in their results.
+    """
+
     number: int
-    casts: Sequence[_jaxprs.Equation]
+    axis: int
+    casts: Sequence[tuple[_jaxprs.Equation, int]]
 
 
 class Layers:
@@ -98,13 +104,15 @@ class Layers:
         self,
         equation: _jaxprs.Equation,
         weights: dict[Any, Weight],
+        leaves: Sequence[jax.Array],
         env: Env,
         active: Collection[Any],
         used: Collection[Any],
     ) -> None:
-        """Run it forward; `weights` are the parameters that it scans over, by variable."""
+        """Run it forward; `weights` are those of `leaves` that it scans over, by variable."""
         self.weights = weights
-        self.numbers = sorted(weight.number for weight in weights.values())
+        self.axes = dict(sorted((number, axis) for number, axis, _ in weights.values()))
+        stacks = [leaves[number] for number in self.axes]
         self.length, self.reverse = equation.params["length"], equation.params["reverse"]
         self.operands = operands = _jaxprs.scan(equation, equation.invars)
         first, count = len(operands.consts), len(operands.carry)
@@ -132,14 +140,14 @@ class Layers:
         )
 
         def forward(carry: list[Any], xs: Any) -> Any:
-            new, outputs = self.layer(self.consts, carry, *xs)
+            index, data = xs
+            # Taken, not scanned over: so a stack along another axis is not transposed as a whole.
+            own = _stacks.take(stacks, index, [*self.axes.values()])
+            new, outputs = self.layer(self.consts, carry, own, data)
             return new, (carry, outputs)
 
-        values = {weight.number: weight.value for weight in weights.values()}
-        stacks = [values[number] for number in self.numbers]
-        last, (self.inputs, outputs) = jax.lax.scan(
-            forward, carry, (stacks, self.data), length=self.length, reverse=self.reverse
-        )
+        xs = (jnp.arange(self.length), self.data)
+        last, (self.inputs, outputs) = jax.lax.scan(forward, carry, xs, reverse=self.reverse)
         env.update(zip((*self.carry_results, *self.kept), (*last, *outputs), strict=True))
         env.update(zip(self.aliases, _jaxprs.read(env, list(self.aliases.values())), strict=True))
 
@@ -148,15 +156,16 @@ class Layers:
     ) -> tuple[list[Any], list[Any]]:
         """One layer: what it hands on, and what of its results is used."""
         fixed, moved, slices = iter(consts), iter(carry), iter(data)
+        stacks = dict(zip(self.axes, own, strict=True))
         values = [next(fixed) for _ in self.operands.consts]
         values += [next(fixed) if stays else next(moved) for stays in self.still]
         for var in self.operands.xs:
             if var not in self.weights:
                 values.append(next(slices))
                 continue
-            value = own[self.numbers.index(self.weights[var].number)]
-            for cast in self.weights[var].casts:
-                (value,) = _jaxprs.run(cast, [value])
+            value = stacks[self.weights[var].number]
+            for cast, axis in self.weights[var].casts:
+                (value,) = _jaxprs.run_one_layer(cast, [value], axis)
             values.append(value)
         body, body_consts = self.operands.body, self.operands.body_consts
         outputs = _jaxprs.evaluate(body, body_consts, values, _jaxprs.run_inlined)
@@ -165,7 +174,7 @@ class Layers:
 
     def backward(self, cotangents: Cotangents, update: _updates.Update) -> dict[int, jax.Array]:
         """Update the layers from the last to the first; the values that are replaced."""
-        layers = update.layers(self.numbers, self.length)
+        layers = update.layers(self.axes, self.length)
         d_kept = [cotangents.take(v) if is_inexact(v) else None for v in self.kept]
 
         def give(
