@@ -35,8 +35,6 @@ FIRST = {
     },
 }
 STACKED = {"embed": False, "layers": True}
-EXPERTS = florax.FloraDimensionNumbers(rows=2, columns=3, batch=(0, 1))
-MOVED_EXPERTS = florax.FloraDimensionNumbers(rows=-2, columns=-1, batch=(0, 1))
 X = normal(6, 2, 3, 4, 5)  # updates, micro-batches
 
 
@@ -63,31 +61,28 @@ def loss_at(axis):
     return loss
 
 
-def rank(path, leaf):
-    return 2 if leaf.ndim >= 2 and min(leaf.shape[-2:]) > 2 else None
-
-
 def experts(path, leaf):
-    if "experts" not in jax.tree_util.keystr(path):
-        return None
-    return florax.FloraDimensionNumbers(-2, -1, tuple(range(leaf.ndim - 2)))
+    """Whatever is in front of their matrices, with or without layers."""
+    if "experts" in jax.tree_util.keystr(path):
+        return florax.FloraDimensionNumbers(-2, -1, tuple(range(leaf.ndim - 2)))
 
 
-MOMENTUM = florax.flora_momentum(rank, 0.8, 2, dimension_numbers=experts)
+def rank(path, leaf):
+    return 2 if leaf.ndim > 1 and min(leaf.shape[-2:]) > 2 else None
+
+
 BASES = {
     "adam": optax.adam(0.1, eps=0.1),
     "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=4),
-    "sgd": optax.sgd(0.1, momentum=0.9),
-    "momentum": optax.chain(optax.sgd(0.1), MOMENTUM),
+    "momentum": optax.chain(
+        optax.sgd(0.1), florax.flora_momentum(rank, 0.8, 2, dimension_numbers=experts)
+    ),
 }
-SLOW = {"sgd"}
-bases = pytest.mark.parametrize(
-    "base",
-    [
-        pytest.param(base, id=name, marks=pytest.mark.slow if name in SLOW else ())
-        for name, base in BASES.items()
-    ],
-)
+
+
+def all_bases(by_day):
+    names = [pytest.param(name, marks=() if name == by_day else pytest.mark.slow) for name in BASES]
+    return pytest.mark.parametrize("base", names)
 
 
 def ordinary(loss, tx):
@@ -124,66 +119,146 @@ def train(step, tx, params, batches):
     return run(params)
 
 
-def without_axes(state, params, axis):
-    """The state of stacks along `axis` as that of stacks along the first."""
-    like = jax.tree.structure(params)
-
-    def move(node):
-        if jax.tree.structure(node) != like:
-            return node
-        return jax.tree.map(
-            lambda x, own: jnp.moveaxis(x, axis, 0) if x.ndim == own.ndim else x, node["layers"], params["layers"]
-        )
-    return jax.tree.leaves(
-        jax.tree.map(move, state, is_leaf=lambda node: jax.tree.structure(node) == like)
-    )
-
-
-@bases
-def test_layer_by_layer_and_at_once_they_are_what_stacks_along_the_first_axis_are(base):
-    params, x = moved(FIRST, 1), X[:, 0]
-    first = florax.per_layer(base, STACKED)
+@all_bases("adafactor")
+def test_at_once_and_layer_by_layer_it_is_the_training_of_stacks_along_the_first_axis(base):
+    params, loss, x = moved(FIRST, 1), loss_at(1), X[:, 0]
+    first = florax.per_layer(BASES[base], STACKED)
+    tx = florax.per_layer(BASES[base], STACKED, axis=1)
     expected = train(ordinary(loss_at(0), first), first, FIRST, x)
-    tx = florax.per_layer(base, STACKED, axis=1)
-    loss = loss_at(1)
-    of_update = train(ordinary(loss, tx), tx, params, x)
+    at_once = train(ordinary(loss, tx), tx, params, x)
     by_layer = train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
-    chex.assert_trees_all_close(by_layer, of_update, **CLOSE)
+    chex.assert_trees_all_close(by_layer, at_once, **CLOSE)
     chex.assert_trees_all_equal_shapes_and_dtypes(by_layer[1:], (params, tx.init(params)))
-    values, params, _ = of_update
+    values, params, _ = at_once
     chex.assert_trees_all_close((values, moved(params, 0, 1)), expected[:2], **CLOSE)
 
 
-@bases
-def test_accumulated_they_are_what_stacks_along_the_first_axis_are(base):
+@all_bases("adam")
+def test_all_ways_to_accumulate_are_those_of_stacks_along_the_first_axis(base):
     def accumulated(axis):
-        return florax.flora_accumulate(
-            florax.per_layer(base, STACKED, axis), 3, rank_of_layers, dimension_numbers=numbers
-        )
+        opt = florax.per_layer(BASES[base], STACKED, axis)
+        return florax.flora_accumulate(opt, 3, rank_of_layers, dimension_numbers=experts)
 
     def rank_of_layers(path, leaf):
         return 2 if leaf.ndim > 1 + ("layers" in jax.tree_util.keystr(path)) else None
 
-    def numbers(path, leaf):
-        return florax.FloraDimensionNumbers(-2, -1, (0, 1)) if leaf.ndim == 4 else None
-
-    tx, first, params = accumulated(1), accumulated(0), moved(FIRST, 1)
+    tx, first, params, loss = accumulated(1), accumulated(0), moved(FIRST, 1), loss_at(1)
     expected = train(halves(loss_at(0), first), first, FIRST, X)
-    loss = loss_at(1)
-    results = [
+    got, *others = (
         train(step, tx, params, X)
         for step in (
             halves(loss, tx),
             florax.value_and_update(loss, tx),
             florax.value_and_update(loss, tx, layerwise=True),
         )
-    ]
-    for result in results[1:]:
-        chex.assert_trees_all_close(result, results[0], **CLOSE)
-    values, params, state = results[0]
+    )
+    for other in others:
+        chex.assert_trees_all_close(other, got, **CLOSE)
+    values, params, state = got
     chex.assert_trees_all_close((values, moved(params, 0, 1)), expected[:2], **CLOSE)
     # What is compressed is kept by layers first.
-    got, wanted = (s.sketch.arrays["layers"] for s in (state, expected[2]))
+    kept, wanted = (own.sketch.arrays["layers"] for own in (state, expected[2]))
     for name in ("experts", "square", "up"):
-        np.testing.assert_allclose(got[name], wanted[name], **CLOSE)
-    np.testing.assert_allclose(got["norm"], wanted["norm"].T, **CLOSE)
+        np.testing.assert_allclose(kept[name], wanted[name], **CLOSE)
+
+
+def test_every_layer_is_a_block_of_its_own():
+    """Counted from the end, the axis is that of matrices and vectors alike."""
+    params = {"down": normal(7, WIDTH, INNER, LAYERS), "norm": normal(8, WIDTH, LAYERS)}
+    updates = jax.tree.map(jnp.sin, params)
+    opt = optax.chain(optax.adafactor(0.1, min_dim_size_to_factor=4), optax.clip_by_block_rms(0.01))
+    tx = florax.per_layer(opt, True, axis=-1)
+    got, _ = tx.update(updates, tx.init(params), params)
+    for i in range(LAYERS):
+        own, own_updates = jax.tree.map(lambda x, i=i: x[..., i], (params, updates))
+        expected, _ = opt.update(own_updates, opt.init(own), own)
+        one = jax.tree.map(lambda x, i=i: x[..., i], got)
+        chex.assert_trees_all_close(one, expected, rtol=1e-6)
+
+
+def test_a_state_is_laid_out_as_the_parameters_are():
+    params = moved(FIRST, 1)
+    (adam, *_) = florax.per_layer(optax.adam(0.1), STACKED, axis=1).init(params).inner
+    chex.assert_trees_all_equal(adam.mu, optax.tree.zeros_like(params))
+    factored = florax.per_layer(BASES["adafactor"], STACKED, axis=1).init(params).inner[0].v_row
+    assert factored["layers"]["up"].shape == (LAYERS, WIDTH)  # an axis fewer than the matrix
+
+
+def test_stacks_along_several_axes_are_parts_of_a_partition():
+    """Even of one scan."""
+    names = {"embed": "first", "layers": dict.fromkeys(FIRST["layers"], "first")}
+    names["layers"] |= {"up": "second", "norm": "second"}
+    params = {**FIRST, "layers": {**FIRST["layers"]}}
+    for name in ("up", "norm"):
+        params["layers"][name] = jnp.moveaxis(FIRST["layers"][name], 0, 1)
+
+    def loss(params, x):
+        layers = {
+            name: jnp.moveaxis(w, 1, 0) if names["layers"][name] == "second" else w
+            for name, w in params["layers"].items()
+        }
+        return loss_at(0)({**params, "layers": layers}, x)
+
+    base = optax.sgd(0.1, momentum=0.9)
+    parts = {
+        part: florax.per_layer(base, STACKED, axis) for part, axis in (("first", 0), ("second", 1))
+    }
+    tx, x = optax.partition(parts, names), X[:, 0]
+    by_layer = train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
+    chex.assert_trees_all_close(by_layer, train(ordinary(loss, tx), tx, params, x), **CLOSE)
+
+
+def test_a_flax_linen_scan_along_another_axis():
+    nn = pytest.importorskip("flax.linen", reason="flax comes with the extra `examples`")
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            scale = self.param("scale", nn.initializers.ones, (WIDTH,))
+            return x + nn.Dense(WIDTH)(jnp.tanh(nn.Dense(INNER)(x * scale))), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(
+                nn.remat(Block, prevent_cse=False),
+                variable_axes={"params": 1},
+                split_rngs={"params": True},
+                length=LAYERS,
+            )
+            return nn.Dense(1)(layers(name="layers")(nn.Dense(WIDTH)(x), None)[0])
+
+    model, x = Model(), X[:, 0]
+    params = model.init(jax.random.key(0), x[0])["params"]
+    assert params["layers"]["scale"].shape == (WIDTH, LAYERS)
+
+    def loss(params, x):
+        return jnp.mean((model.apply({"params": params}, x) - 1) ** 2)
+
+    tx = florax.per_layer(BASES["adam"], lambda path, leaf: path[0].key == "layers", axis=1)
+    by_layer = train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
+    chex.assert_trees_all_close(by_layer, train(ordinary(loss, tx), tx, params, x), **CLOSE)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize("axis", [True, 1.0, (0, 1), {"layers": 1}])
+def test_the_axis_is_an_int(axis):
+    with pytest.raises(TypeError, match="axis must be an int, that of the layers in every stack"):
+        florax.per_layer(optax.adam(0.1), STACKED, axis=axis)
+
+
+def test_which_leaves_are_stacks_is_not_said_by_an_axis():
+    tx = florax.per_layer(optax.adam(0.1), {"embed": False, "layers": 1})
+    with pytest.raises(TypeError, match=r"stacked says 1 of \['layers'\]\['experts'\], no bool\. "):
+        tx.init(FIRST)
+
+
+def test_a_stack_has_the_axis():
+    tx = florax.per_layer(optax.adam(0.1), STACKED, axis=2)
+    message = (
+        r"\['norm'\] is said to be a stack of layers, but has no axis 2, its shape is \(3, 8\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        tx.init(FIRST)

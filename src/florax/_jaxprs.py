@@ -30,7 +30,7 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequence[Any
 
 
 def trace_flat(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequence[Any], Any]:
-    """As `trace`, with every jit inside inlined: its equations then stand one by one."""
+    """As `trace`, with the jits inside inlined: their equations then stand one by one."""
     jaxpr, consts, shapes = trace(function, *args)
     return *flatten(jaxpr, consts, jax.tree.leaves(args)), shapes
 
@@ -38,7 +38,7 @@ def trace_flat(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequenc
 def flatten(
     jaxpr: Jaxpr, consts: Sequence[Any], leaves: Sequence[Any], opens: Collection[int] = ()
 ) -> tuple[Jaxpr, Sequence[Any]]:
-    """A program with every jit inside inlined, and the equations of the numbers in `opens`."""
+    """A program with the jits inside inlined, and the equations of the numbers in `opens`."""
     chosen = [jaxpr.eqns[number] for number in opens]
 
     def apply(equation: Equation, values: list[Any]) -> Sequence[Any]:
@@ -69,8 +69,10 @@ def advance(env: dict[Any, Any], equations: Iterable[Equation], apply: Apply | N
 
 
 def run_inlined(equation: Equation, values: Sequence[Any]) -> list[Any]:
-    """Run one equation; of a jit, those of its program, one by one."""
-    if equation.primitive.name in JIT:
+    """Run one equation; of a jit that says nothing of shardings, those of its program."""
+    said = (*equation.params.get("in_shardings", ()), *equation.params.get("out_shardings", ()))
+    is_neutral = all(type(sharding).__name__ == "UnspecifiedValue" for sharding in said)
+    if equation.primitive.name in JIT and is_neutral:
         return evaluate(*inner(equation), values, run_inlined)
     return run(equation, values)
 
@@ -350,6 +352,11 @@ def run_one_layer(equation: Equation, values: Sequence[Any], axis: int) -> Seque
         order = list(equation.params["permutation"])
         gone = order.pop(axis)
         return [jnp.transpose(values[0], [own - (own > gone) for own in order])]
+    if name == "reshard":
+        sharding = equation.params["dst_sharding"]
+        along = list(sharding.spec)
+        del along[axis : axis + 1]
+        return [_meshes.move(values[0], sharding.mesh, tuple(along))]
     if name == "broadcast_in_dim":
         (var,) = equation.outvars
         along = list(var.aval.sharding.spec)  # type: ignore[attr-defined]
@@ -364,12 +371,11 @@ def layer_shape(var: Any, axis: int) -> tuple[int, ...]:
 
 
 def scans(equation: Equation) -> list[Equation]:
-    """The scans that an equation is or has in its inner programs."""
-    if equation.primitive.name == "scan":
-        return [equation]
+    """The scans that an equation is or has in its inner programs, the outer ones first."""
     values = equation.params.values()
     inside = [x for own in values for x in (own if isinstance(own, tuple | list) else [own])]
-    return [found for x in inside for own in getattr(x, "eqns", ()) for found in scans(own)]
+    own = [equation] if equation.primitive.name == "scan" else []
+    return own + [scan for x in inside for e in getattr(x, "eqns", ()) for scan in scans(e)]
 
 
 def describe(equation: Equation) -> str:

@@ -104,7 +104,7 @@ def cut(traced: _value_and_grad.Program, stacks: Sequence[_stacks.Stack]) -> Cut
         ]
         if not around:
             break
-        # Layers are recomputed anyway.
+        # Layers are recomputed anyway; what else was to be is kept now.
         flat = _jaxprs.flatten(jaxpr, traced.consts, traced.leaves, around)
         traced = traced._replace(jaxpr=flat[0], consts=flat[1])
     scans: dict[int, Weights] = {}
@@ -138,9 +138,11 @@ def _follow(jaxpr: _jaxprs.Jaxpr, leaf: int) -> tuple[list[_Use], dict[int, tupl
     for number, equation in enumerate(jaxpr.eqns):
         read = [v for v in equation.invars if not isinstance(v, _jaxprs.Literal) and v in orders]
         name = equation.primitive.name
-        if read and name in ("convert_element_type", "transpose"):
+        if read and name in ("convert_element_type", "reshard", "transpose"):
             order = orders[read[0]]
-            order = tuple(order[axis] for axis in equation.params.get("permutation", order))
+            order = tuple(
+                order[axis] for axis in equation.params.get("permutation", range(len(order)))
+            )
             casts[number] = orders[equation.outvars[0]] = order
         else:
             uses += [_Use(number, v, orders[v]) for v in read]
@@ -152,29 +154,32 @@ def _problem(jaxpr: _jaxprs.Jaxpr, uses: Sequence[_Use], axis: int) -> str:
     """What stands against these uses being one scan over that axis, and what to do; else empty."""
     if not uses:
         return "the loss does not use it. Leave it out of stacked."
-    scanned = []
-    said = []
+    scanned: list[int] = []
+    said: list[str] = []
     for number, var, order in uses:
         if number is None:
             said.append("the loss returns it")
             continue
         equation = jaxpr.eqns[number]
-        what, inside = _jaxprs.describe(equation), _jaxprs.scans(equation)
-        if inside == [equation]:
+        what = _jaxprs.describe(equation)
+        if equation.primitive.name == "scan":
             if any(var is own for own in _jaxprs.scan(equation, equation.invars).xs):
                 scanned.append(order[0])
                 said.append(f"{what} goes over axis {order[0]}")
                 continue
             what += ", a loop,"
-        elif inside:
-            what += f", around {_jaxprs.describe(inside[0])},"
-        said.append(f"{what} takes it whole")
-    if len(uses) > len(scanned) or len(uses) > 1:
-        return (
-            f"{' and '.join(said)}. Use it in the body of one jax.lax.scan only, with no other "
-            "transformation around than jit and jax.checkpoint, or leave it out of stacked."
-        )
-    return "" if scanned == [axis] else f"{said[0]}. Pass axis={scanned[0]} to per_layer."
+        inside = [_jaxprs.describe(own) for own in _jaxprs.scans(equation) if own is not equation]
+        around = f" (around {inside[0]})" if inside else ""
+        said.append(f"{what} takes it whole{around}")
+    if scanned == [axis] and len(uses) == 1:
+        return ""
+    if len(uses) == 1 and scanned:
+        return f"{said[0]}. Pass axis={scanned[0]} to per_layer."
+    counted = [f"{what}, {n} times" if (n := said.count(what)) > 1 else what for what in said]
+    return (
+        f"{' and '.join(dict.fromkeys(counted))}. Use it in the body of one jax.lax.scan, with "
+        "nothing but jit without shardings and jax.checkpoint around, or leave it out of stacked."
+    )
 
 
 class _Step:

@@ -5,6 +5,7 @@ On a mesh with explicit axes a type says along which axes of the mesh an array i
 types say nothing, XLA decides, and nothing here does anything.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,28 @@ def spec(along: Division) -> PartitionSpec:
 def _reshard(array: jax.Array, along: Division) -> jax.Array:
     resharded: jax.Array = jax.sharding.reshard(array, spec(along))  # type: ignore[no-untyped-call]
     return resharded
+
+
+def move(array: jax.Array, mesh: Any, along: Division) -> jax.Array:
+    """`array` in the same mesh with axes of other types, as `auto_axes` and `explicit_axes` do."""
+    sharding = jax.sharding.NamedSharding(mesh, spec(along))
+    with jax.sharding.use_abstract_mesh(mesh):
+        moved: jax.Array = jax.sharding.reshard(array, sharding)  # type: ignore[no-untyped-call]
+        return moved
+
+
+def in_use(array: jax.Array) -> contextlib.AbstractContextManager[Any]:
+    """The mesh of the type of `array` in use, as inside of `auto_axes` and `explicit_axes`."""
+    mesh, current = jax.typeof(array).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if current.empty or mesh.empty or mesh == current:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def known_to(array: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, the same on all devices, with the type that meets that of `array`."""
+    mesh, own = (jax.typeof(y).sharding.mesh for y in (array, x))
+    return x if mesh.empty or own.empty or mesh == own else move(x, mesh, ())
 
 
 def varying(x: jax.Array) -> frozenset[str]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from florax import _jaxprs, _stacks, _updates
+from florax import _jaxprs, _meshes, _stacks, _updates
 
 Env: TypeAlias = dict[Any, Any]
 
@@ -26,12 +26,12 @@ class Cotangents:
         for var, own in zip(variables, cotangents, strict=True):
             if not isinstance(var, _jaxprs.Literal):
                 old = self._sums.get(var)
-                self._sums[var] = own if old is None else old + own
+                self._sums[var] = own if old is None else _add(old, own)
 
     def take(self, var: Any) -> jax.Array:
         """The cotangent of a variable to which nothing is added any more."""
         own = self._sums.pop(var, None)
-        return jnp.zeros_like(self._env[var]) if own is None else own
+        return _zeros(self._env[var]) if own is None else own
 
     def __contains__(self, var: Any) -> bool:
         """Whether any use gave something."""
@@ -209,13 +209,13 @@ class Layers:
             # As the backward pass yields them, so that none has to wait for another.
             for number in sorted(range(len(grads)), key=lambda number: order[number]):
                 update.give(number, grads[number])
-            d_consts = [old + new for old, new in zip(d_consts, g_consts, strict=True)]
+            d_consts = [*map(_add, d_consts, g_consts)]
             return d_carry, d_consts, _stacks.put(d_data, g_data, index)
 
         start = (
             [cotangents.take(v) for v in _where(self.carry_on, self.carry_results)],
-            [jnp.zeros_like(x) for x in _where(self.const_on, self.consts)],
-            [jnp.zeros_like(x) for x in _where(self.data_on, self.data)],
+            [*map(_zeros, _where(self.const_on, self.consts))],
+            [*map(_zeros, _where(self.data_on, self.data))],
         )
         replaced, (d_carry, d_consts, d_data) = update.run_layers(
             layers, give, start, reverse=not self.reverse
@@ -235,6 +235,16 @@ Segment: TypeAlias = Plain | Layers
 def is_inexact(var: Any) -> bool:
     """Whether a variable is of a dtype that has cotangents."""
     return jnp.issubdtype(var.aval.dtype, jnp.inexact)
+
+
+def _add(x: jax.Array, y: jax.Array) -> jax.Array:
+    with _meshes.in_use(x):
+        return x + y
+
+
+def _zeros(like: jax.Array) -> jax.Array:
+    with _meshes.in_use(like):
+        return jnp.zeros_like(like)
 
 
 def _where(chosen: Sequence[bool], values: Sequence[Any]) -> list[Any]:

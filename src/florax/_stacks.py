@@ -217,17 +217,26 @@ def over_layers(
 
 def take(stacks: Any, index: jax.Array, axes: Any = None) -> Any:
     """One layer of stacks, along the first axis if no `axes` are given."""
+
+    def of(x: jax.Array, axis: int) -> Any:
+        with _meshes.in_use(x):
+            own = _meshes.known_to(x, index)
+            return jax.lax.dynamic_index_in_dim(x, own, axis, keepdims=False)
+
     axes = jax.tree.map(lambda _: 0, stacks) if axes is None else axes
-    return jax.tree.map(
-        lambda x, axis: jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False), stacks, axes
-    )
+    return jax.tree.map(of, stacks, axes)
 
 
 def put(stacks: Any, layer: Any, index: jax.Array, axes: Any = None) -> Any:
     """Stacks with one layer replaced."""
+
+    def into(x: jax.Array, part: jax.Array, axis: int) -> Any:
+        with _meshes.in_use(x):
+            own = _meshes.known_to(x, index)
+            return jax.lax.dynamic_update_index_in_dim(x, part, own, axis)
+
     axes = jax.tree.map(lambda _: 0, stacks) if axes is None else axes
-    put_one = jax.lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda x, part, axis: put_one(x, part, index, axis), stacks, layer, axes)
+    return jax.tree.map(into, stacks, layer, axes)
 
 
 def _find_stacks(params: optax.Params, stacked: Stacked, axis: int) -> Stacks:
