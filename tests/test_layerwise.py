@@ -319,6 +319,24 @@ def test_inner_programs_keep_their_mesh(name, devices):
         assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, params)
 
 
+@pytest.mark.parametrize("in_body", [False, True], ids=["around", "in a layer"])
+def test_a_jit_that_says_how_its_result_is_divided_still_does(in_body):
+    sine = jax.jit(jnp.sin, out_shardings=jax.P("d"))
+
+    def loss(params, x):
+        def layer(x, w):
+            return sine(x) @ w if in_body else x @ w, None
+
+        x = x if in_body else sine(x)
+        return jnp.sum(jax.lax.scan(layer, x, params["layers"])[0])
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    tx = florax.per_layer(optax.sgd(1.0), True)
+    with jax.set_mesh(mesh):
+        step = jax.make_jaxpr(layerwise(loss, tx))(LAYERS, tx.init(LAYERS), normal(1, 8, 4))
+    assert "out_shardings=(NamedSharding" in str(step)
+
+
 # --- what is refused, when the step is called
 
 
