@@ -245,12 +245,12 @@ def test_what_takes_a_whole_stack_outside_of_per_layer_is_refused_with_its_name(
         step(PARAMS, tx.init(PARAMS), X[0])
 
 
-def test_a_stack_that_the_loss_does_not_scan_is_refused_with_the_scans_it_has():
+def test_a_stack_that_the_loss_does_not_scan_is_refused_with_the_use_it_has():
     tx = florax.per_layer(optax.sgd(0.1), {**STACKED, "matrix": True})
     step = florax.value_and_update(loss_fn, tx, layerwise=True)
     message = (
-        r"takes \['matrix'\] for a stack of 12 layers, but no scan.*"
-        r"Found: scan at test_cycle.py:\d+.* of length 3 over \['layers'\]"
+        r"takes \['matrix'\] for a stack of 12 layers along axis 0\. .* but dot_general at "
+        r"test_cycle.py:\d+.* takes it whole"
     )
     with pytest.raises(ValueError, match=message):
         step(PARAMS, tx.init(PARAMS), X[0])

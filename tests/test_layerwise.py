@@ -1,11 +1,14 @@
 """Layer by layer is the ordinary step: same losses, parameters and states."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import florax
 from florax import _stacks
@@ -187,6 +190,153 @@ def test_stacked_parameters_may_be_cast_before_the_scan():
     )
 
 
+# --- what may stand around and inside of a scan
+
+
+# In 16 bits a difference in the last bit of 32 may turn a rounding.
+ROUNDED = dict(rtol=1e-3, atol=1e-3)
+
+
+def is_the_ordinary_step(loss, tx, params, x, **close):
+    state = tx.init(params)
+    got = jax.jit(layerwise(loss, tx))(params, state, x)
+    expected = jax.jit(at_once(loss, tx))(params, state, x)
+    chex.assert_trees_all_close(got, expected, **{**CLOSE, **close})
+    return got
+
+
+def test_a_checkpoint_around_a_scan_is_looked_into():
+    @jax.checkpoint
+    def model(params, x):
+        layer = jax.jit(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)))
+        return jax.jit(lambda w, x: jax.lax.scan(layer, jnp.sin(x), w)[0])(params["layers"], x)
+
+    tx = florax.per_layer(optax.adam(0.1, eps=0.1), True)
+    is_the_ordinary_step(lambda p, x: jnp.mean(jax.checkpoint(model)(p, x) ** 2), tx, LAYERS, X)
+
+
+def used_in_any_way(params, x):
+    """Weights scaled, transposed, in parts, joined, penalised and cast in the body."""
+
+    def layer(carry, w):
+        x, penalty = carry
+        joined = jnp.concatenate([0.5 * w["up"], w["down"].T], axis=1)
+        hidden = jnp.tanh(x @ joined)
+        x = x + hidden[:, :24] @ w["down"] + hidden[:, 24:] @ w["up"].T * w["up"][0, 0]
+        x = x + (x.astype(jnp.bfloat16) @ w["up"].astype(jnp.bfloat16)).sum(1, keepdims=True)
+        return (x, penalty + jnp.sum(w["up"] ** 2) + jnp.max(jnp.abs(w["bias"]))), w["bias"].mean()
+
+    (x, penalty), means = jax.lax.scan(layer, (x @ params["embed"], 0.0), params["encoder"])
+    return jnp.mean(x.astype(jnp.float32) ** 2) + 1e-2 * penalty + jnp.sum(means)
+
+
+USED = {"adam": optax.adam(0.1, eps=0.1)} | {k: TRANSFORMATIONS[k] for k in ("adafactor", "sgd")}
+BY_DAY = [("adam", False, False), ("adafactor", True, False), ("adafactor", False, True)]
+
+
+@pytest.mark.parametrize(
+    "base, has_momentum, accumulates",
+    [
+        pytest.param(*case, marks=() if case in BY_DAY else pytest.mark.slow)
+        for case in itertools.product(USED, [False, True], [False, True])
+    ],
+)
+def test_layers_may_use_their_weights_in_any_way(base, has_momentum, accumulates, params):
+    opt = optax.chain(USED[base], florax.flora_momentum(4)) if has_momentum else USED[base]
+    stacked = {"embed": False, "encoder": True}
+    params = {name: params[name] for name in stacked}
+    tx, x = florax.per_layer(opt, stacked), normal(7, 5, 12)
+    if not accumulates:
+        is_the_ordinary_step(used_in_any_way, tx, params, x, **ROUNDED)
+        return
+    tx = florax.flora_accumulate(tx, 1, rank=4)
+    _, grads = jax.value_and_grad(used_in_any_way)(params, x)
+    expected = florax.finish(tx, params, florax.accumulate(tx, grads, tx.init(params)))
+    step = jax.jit(layerwise(used_in_any_way, tx))
+    _, *got = step(params, tx.init(params), x[None])
+    chex.assert_trees_all_close(tuple(got), expected, **{**CLOSE, **ROUNDED})
+
+
+# --- meshes with explicit axes
+
+
+def in_auto(function):
+    return jax.sharding.auto_axes(function, out_sharding=jax.P("d"))
+
+
+def block(x, w):
+    return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+
+def model(x, w, block=block):
+    return jax.lax.scan(block, x, w)[0]
+
+
+def with_jits_in_auto(x, w):
+    inner = in_auto(lambda x, w: jax.jit(block)(x, w)[0])
+    outer = jax.jit(in_auto(lambda x: jax.jit(jnp.sin)(x)))
+    return outer(model(outer(x), w, jax.jit(lambda x, w: (jax.jit(inner)(x, w), None))))
+
+
+def with_explicit_in_auto(x, w):
+    sine = jax.sharding.explicit_axes(
+        lambda x: jnp.sin(jax.jit(jnp.sin)(x)), in_sharding=jax.P("d")
+    )
+    return in_auto(lambda x, w: model(x, w, lambda x, w: block(jax.jit(sine)(x), w)))(x, w)
+
+
+def with_shardings(x, w):
+    return jax.jit(model, out_shardings=None)(jax.jit(jnp.sin, out_shardings=jax.P("d"))(x), w)
+
+
+MODELS = {
+    "jits in auto_axes": with_jits_in_auto,
+    "auto_axes around": jax.jit(in_auto(jax.jit(model))),
+    "explicit_axes in auto_axes": with_explicit_in_auto,
+    "shardings of a jit": with_shardings,
+    "transposed": lambda x, w: in_auto(
+        lambda x, w: model(x, jax.tree.map(lambda w: jnp.moveaxis(w, 1, 0), w))
+    )(x, jax.tree.map(lambda w: jnp.moveaxis(w, 0, 1), w)),
+}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", MODELS)
+def test_inner_programs_keep_their_mesh(name, devices):
+    def loss(params, x):
+        y = MODELS[name](x @ params["embed"], params["encoder"])
+        return jnp.mean((y @ params["embed"].T) ** 2)
+
+    mesh = jax.make_mesh((devices,), ("d",), devices=jax.devices()[:devices])
+    assert mesh.axis_types == (AxisType.Explicit,)
+    encoder = {"down": normal(4, 4, 24, 16), "up": normal(5, 4, 16, 24)}
+    params = {"embed": normal(2, 12, 16), "encoder": encoder}
+    tx = florax.per_layer(optax.adam(0.1, eps=0.1), {"embed": False, "encoder": True})
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(normal(7, 8, 5, 12), jax.P("d"))
+        params = jax.device_put(params, jax.P())
+        new = is_the_ordinary_step(loss, tx, params, divided)[1]
+        assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, params)
+
+
+@pytest.mark.parametrize("in_body", [False, True], ids=["around", "in a layer"])
+def test_a_jit_that_says_how_its_result_is_divided_still_does(in_body):
+    sine = jax.jit(jnp.sin, out_shardings=jax.P("d"))
+
+    def loss(params, x):
+        def layer(x, w):
+            return sine(x) @ w if in_body else x @ w, None
+
+        x = x if in_body else sine(x)
+        return jnp.sum(jax.lax.scan(layer, x, params["layers"])[0])
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    tx = florax.per_layer(optax.sgd(1.0), True)
+    with jax.set_mesh(mesh):
+        step = jax.make_jaxpr(layerwise(loss, tx))(LAYERS, tx.init(LAYERS), normal(1, 8, 4))
+    assert "out_shardings=(NamedSharding" in str(step)
+
+
 # --- what is refused, when the step is called
 
 
@@ -224,32 +374,73 @@ def test_a_state_that_mixes_leaves_later_is_refused():
 
 
 LAYERS = {"layers": normal(0, 3, 4, 4)}
+X = normal(1, 2, 4)
 
 
-@pytest.mark.parametrize(
-    "loss, found",
-    [
-        (lambda params, x: jnp.sum(x @ params["layers"][0]), "none"),
-        (
-            lambda params, x: (
-                jnp.sum(params["layers"])
-                + jnp.sum(jax.lax.scan(lambda x, w: (x @ w, None), x, params["layers"])[0])
-            ),
-            r"scan at .*of length 3 over no parameters",
-        ),
-        (
-            lambda params, x: jnp.sum(
-                jax.lax.scan(lambda x, w: (x @ w, None), x, 2 * params["layers"])[0]
-            ),
-            r"scan at .*of length 3 over no parameters",
-        ),
-    ],
-    ids=["no scan", "used elsewhere", "scaled before"],
-)
-def test_a_loss_without_a_scan_over_the_layers_is_refused(loss, found):
-    message = rf"takes \['layers'\] for a stack of 3 layers, but no scan .* Found: {found}\."
+def scanned(w, x):
+    return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])
+
+
+@jax.custom_vjp
+def with_its_own_gradient(w, x):
+    return scanned(w, x)
+
+
+with_its_own_gradient.defvjp(lambda w, x: (scanned(w, x), (w, x)), lambda kept, _: kept)
+placed = jax.jit(scanned, out_shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+LINE = r"test_layerwise.py:\d+\S* \(\S+\)"
+SCAN = rf"scan at {LINE} goes over axis 0"
+REFUSED = {
+    "not used": (lambda w, x: jnp.sum(x), "the loss does not use it. Leave it out of stacked"),
+    "no scan": (lambda w, x: jnp.sum(x @ w[0]), rf"slice at {LINE} takes it whole. Use it in"),
+    "used elsewhere": (
+        lambda w, x: jnp.sum(w) + scanned(w, x),
+        rf"reduce_sum at {LINE} takes it whole and {SCAN}. Use it in the body of one jax.lax.scan",
+    ),
+    "scaled before": (lambda w, x: scanned(2 * w, x), rf"mul at {LINE} takes it whole. Use it"),
+    "scanned twice": (lambda w, x: scanned(w, x) * scanned(w, 2 * x), rf"{SCAN}, 2 times. Use"),
+    "by number": (
+        lambda w, x: jnp.sum(jax.lax.fori_loop(0, 3, lambda i, x: x @ w[i], x)),
+        rf"scan at {LINE}, a loop, takes it whole. Use it",
+    ),
+    "in a loop": (
+        lambda w, x: jax.lax.fori_loop(0, 3, lambda i, y: y + scanned(w, x), 0.0),
+        rf"scan at {LINE}, a loop, takes it whole \(around scan at {LINE}\)",
+    ),
+    "in a conditional": (
+        lambda w, x: jax.lax.cond(x[0, 0] > 0, scanned, lambda w, x: 0.0, w, x),
+        rf"cond at {LINE} takes it whole \(around scan at {LINE}\)",
+    ),
+    "with its own gradient": (
+        with_its_own_gradient,
+        rf"custom_vjp_call at {LINE} takes it whole \(around scan at {LINE}\)",
+    ),
+    "with shardings": (
+        placed,
+        rf"jit at {LINE} takes it whole \(around scan at {LINE}\). .* nothing but jit without sh",
+    ),
+    "along another axis": (
+        lambda w, x: jax.lax.scan(lambda y, w: (y + w.sum(), None), 0.0, w.swapaxes(0, 2))[0],
+        rf"scan at {LINE} goes over axis 2. Pass axis=2 to per_layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("loss, problem", REFUSED.values(), ids=REFUSED.keys())
+def test_a_loss_without_a_scan_over_the_layers_is_refused(loss, problem):
+    message = (
+        r"per_layer takes \['layers'\] for a stack of 3 layers along axis 0. For layer by layer "
+        rf"the loss must scan over that axis of it once, and have no other use of it, but {problem}"
+    )
     tx = florax.per_layer(optax.sgd(1.0), True)
-    refuse(loss, tx, LAYERS, normal(1, 2, 4), match=message)
+    refuse(lambda params, x: loss(params["layers"], x), tx, LAYERS, X, match=message)
+
+
+def test_a_loss_that_returns_the_layers_is_refused():
+    tx = florax.per_layer(optax.sgd(1.0), True)
+    step = layerwise(lambda p, x: (scanned(p["layers"], x), p), tx, has_aux=True)
+    with pytest.raises(ValueError, match=rf"but {SCAN} and the loss returns it\. Use it in"):
+        jax.eval_shape(step, LAYERS, tx.init(LAYERS), X)
 
 
 def test_the_state_of_other_parameters_is_refused(params):

@@ -123,18 +123,23 @@ def test_accumulating_born_gradients_takes_a_gradient_less(stacked):
     assert less >= LEAF * (count if stacked else 1) - 3 * count * SIDE * RANK * 4
 
 
-@pytest.mark.parametrize("accumulates", [False, True], ids=["at once", "accumulating"])
-def test_layer_by_layer_parameters_and_state_are_updated_in_place(accumulates):
+@pytest.mark.parametrize(
+    "accumulates, axis",
+    [(False, 0), (True, 0), (False, 1)],
+    ids=["at once", "accumulating", "along another axis"],
+)
+def test_layer_by_layer_parameters_and_state_are_updated_in_place(accumulates, axis):
     """No second copy of either: all results but the loss take the place of arguments."""
     size, height = 128, 12
 
     def loss(params, x):
         layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
-        return jnp.mean(jax.lax.scan(layer, x, params)[0] ** 2)
+        return jnp.mean(jax.lax.scan(layer, x, jnp.moveaxis(params, axis, 0))[0] ** 2)
 
-    params = jax.ShapeDtypeStruct((height, size, size), jnp.float32)
+    shape = (size, height, size) if axis else (height, size, size)
+    params = jax.ShapeDtypeStruct(shape, jnp.float32)
     x = jax.ShapeDtypeStruct((2, 4, size) if accumulates else (4, size), jnp.float32)
-    tx = florax.per_layer(optax.adam(1e-3), True)
+    tx = florax.per_layer(optax.adam(1e-3), True, axis=axis)
     tx = florax.flora_accumulate(tx, every_k_schedule=2, rank=4) if accumulates else tx
     state = jax.eval_shape(tx.init, params)
     step = florax.value_and_update(loss, tx, layerwise=True)

@@ -252,7 +252,7 @@ def test_dimension_numbers_must_name_its_stacks():
         rank=3,
         dimension_numbers=lambda path, leaf: axes if leaf.ndim == 3 else None,
     )
-    expected = re.escape("per_layer takes ['decoder']['kernel'] for a stack of layers, dimension")
+    expected = re.escape("per_layer takes ['decoder']['kernel'] for a stack of layers along axis")
     with pytest.raises(ValueError, match=expected):
         tx.init(PARAMS)
 

@@ -155,8 +155,8 @@ class _Accumulation:
         if _sketches.is_stand_in(params):
             sketch = cast(_sketches.Sketches, mini_step)
             return FloraAccumulateState(mini_step, sketch, inner, updated)
-        stacked = {path for stack in _stacks.all_of(inner) for path in stack.paths}
-        leaves = self.plan(params, stacked)
+        axes = {path: a for stack in _stacks.all_of(inner) for path, a in stack.axes.items()}
+        leaves = self.plan(params, axes)
         sketch = _sketches.Sketches.zeros(params, leaves, self._dtype, self.key, self.settings)
         skip_state: Any = ()
         if self.should_skip is not None:

@@ -158,11 +158,13 @@ class Sum(NamedTuple):
     keys: jax.Array | None  # of its matrices; None if it is kept dense
     is_right: jax.Array  # whether it was accumulated under the settings of the transformation
 
-    def layer(self, height: int, index: jax.Array) -> "Sum":
-        """That of one layer of a stack."""
-        keys = None if self.keys is None else self.keys.reshape(height, -1, 2)
-        array, keys = _stacks.take((self.array, keys), index)
-        return Sum(self.leaf.layer(), array, keys, self.is_right)
+    def layer(self, axis: int, index: jax.Array) -> "Sum":
+        """That of one layer of a stack along that axis."""
+        keys = self.keys
+        if keys is not None:  # of the first layer's matrices first
+            keys = _stacks.take(keys.reshape(self.leaf.shape[axis], -1, 2), index)
+        array = _stacks.take(self.array, index, self.leaf.kept_axes.index(axis))
+        return Sum(self.leaf.layer(axis), array, keys, self.is_right)
 
 
 def _give(
@@ -201,24 +203,23 @@ def end(
 
     replaced: dict[int, jax.Array] = {}
     for stack in _stacks.all_of(state):
-        numbers = [i for i, path in enumerate(paths) if path in stack.paths and path in sums]
+        axes = {i: stack.axes[p] for i, p in enumerate(paths) if p in stack.axes and p in sums}
         try:
-            layers = update.layers(numbers, stack.height)
+            layers = update.layers(axes, stack.height)
         except _updates.NoMap:
             if layerwise:
                 raise
             continue  # as a whole, like any other leaf
-        own = [sums.pop(paths[number]) for number in numbers]
+        own = [(sums.pop(paths[number]), axis) for number, axis in axes.items()]
 
         def give(
             index: jax.Array,
             layer: _updates.Update,
             likes: list[jax.Array],
             carry: None,
-            own: list[Sum] = own,
-            height: int = stack.height,
+            own: list[tuple[Sum, int]] = own,
         ) -> None:
-            _give(layer, [whole.layer(height, index) for whole in own], range(len(own)), likes)
+            _give(layer, [whole.layer(axis, index) for whole, axis in own], range(len(own)), likes)
 
         replaced |= update.run_layers(layers, give)[0]
 

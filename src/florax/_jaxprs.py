@@ -5,7 +5,7 @@ an equation and counts a scan's operands; jax 0.11 keeps open ones and a groupin
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -31,13 +31,24 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequence[Any
 
 
 def trace_flat(function: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Sequence[Any], Any]:
-    """As `trace`, with every jit inside inlined: its equations then stand one by one."""
+    """As `trace`, with the jits inside inlined: their equations then stand one by one."""
     jaxpr, consts, shapes = trace(function, *args)
-    leaves = jax.tree.leaves(args)
-    flat, flat_consts, _ = trace(
-        lambda *leaves: evaluate(jaxpr, consts, leaves, run_inlined), *leaves
-    )
-    return flat, flat_consts, shapes
+    return *flatten(jaxpr, consts, jax.tree.leaves(args)), shapes
+
+
+def flatten(
+    jaxpr: Jaxpr, consts: Sequence[Any], leaves: Sequence[Any], opens: Collection[int] = ()
+) -> tuple[Jaxpr, Sequence[Any]]:
+    """A program with the jits inside inlined, and the equations of the numbers in `opens`."""
+    chosen = [jaxpr.eqns[number] for number in opens]
+
+    def apply(equation: Equation, values: list[Any]) -> Sequence[Any]:
+        if any(equation is own for own in chosen):
+            return evaluate(*inner(equation), values, run_inlined)
+        return run_inlined(equation, values)
+
+    flat, flat_consts, _ = trace(lambda *leaves: evaluate(jaxpr, consts, leaves, apply), *leaves)
+    return flat, flat_consts
 
 
 def evaluate(
@@ -59,8 +70,10 @@ def advance(env: dict[Any, Any], equations: Iterable[Equation], apply: Apply | N
 
 
 def run_inlined(equation: Equation, values: Sequence[Any]) -> list[Any]:
-    """Run one equation; of a jit, those of its program, one by one."""
-    if equation.primitive.name in JIT:
+    """Run one equation; of a jit that says nothing of shardings, those of its program."""
+    said = (*equation.params.get("in_shardings", ()), *equation.params.get("out_shardings", ()))
+    is_neutral = all(type(sharding).__name__ == "UnspecifiedValue" for sharding in said)
+    if equation.primitive.name in JIT and is_neutral:
         return evaluate(*inner(equation), values, run_inlined)
     return run(equation, values)
 
@@ -361,7 +374,7 @@ def needed(jaxpr: Jaxpr, results: Sequence[Any]) -> tuple[list[int], set[Any]]:
     return numbers[::-1], wanted
 
 
-# --- maps over a leading axis
+# --- maps over an axis of layers
 
 # Operations of which entry i of the result is made of entries i of the operands.
 _ENTRY_WISE = """
@@ -372,40 +385,89 @@ _ENTRY_WISE = """
 """.split()  # noqa: SIM905
 
 
-def mapped(equation: Equation, height: int, stacked: set[Any]) -> list[bool] | None:
-    """Which operands are stacks, if the equation maps over their leading axis of that height.
+def mapped(
+    equation: Equation, height: int, axes: Mapping[Any, int]
+) -> list[tuple[Any, int | None]] | None:
+    """Of an equation that maps over layers, its variables with their axis; None for no layers.
 
-    None if it does not, or if nothing that it reads is known to be a stack.
+    None if it does not map over an axis of that height, or if nothing says over which: `axes` are
+    those of variables that are known to be stacks.
     """
-    shapes = [shape(var) for var in equation.invars]
     name = equation.primitive.name
+    shapes = [shape(var) for var in equation.invars]
     if name == "scan":
         parts = scan(equation, range(len(shapes)))
         if parts.carry or equation.params["length"] != height:
             return None
-        return [number in parts.xs for number in range(len(shapes))]
+        operands = [0 if number in parts.xs else None for number in range(len(shapes))]
+        return _variables(equation, operands, 0)
     (own, *_) = (shape(var) for var in equation.outvars)
-    if own[:1] != (height,):
+    # Axis `order[i]` of an operand is axis i of the result.
+    order = equation.params["permutation"] if name == "transpose" else range(len(own))
+    if name not in ("transpose", "broadcast_in_dim", *_ENTRY_WISE):
         return None
-    if name == "broadcast_in_dim" and shapes == [()]:
-        return [False]
-    known = any(not isinstance(var, Literal) and var in stacked for var in equation.invars)
-    if name not in _ENTRY_WISE or not known or not set(shapes) <= {(), own}:
+    if name != "transpose" and not {*shapes} <= ({()} if name == "broadcast_in_dim" else {(), own}):
         return None
-    return [operand == own for operand in shapes]
+    stacks = [var for var in equation.invars if shape(var) and not isinstance(var, Literal)]
+    known = {order.index(axes[var]) for var in stacks if var in axes}
+    known |= {axes[var] for var in equation.outvars if var in axes}
+    if len(known) != 1:
+        return None
+    (axis,) = known
+    return _variables(equation, [order[axis] if operand else None for operand in shapes], axis)
 
 
-def run_one_layer(equation: Equation, values: Sequence[Any]) -> Sequence[Any]:
-    """Run an equation that is `mapped` on one layer of its stacks."""
-    if equation.primitive.name == "scan":
+def _variables(equation: Equation, operands: list[Any], axis: int) -> list[tuple[Any, int | None]]:
+    pairs = [*zip(equation.invars, operands, strict=True), *((v, axis) for v in equation.outvars)]
+    return [(var, own) for var, own in pairs if not isinstance(var, Literal)]
+
+
+def spread(equations: Sequence[Equation], height: int, axes: dict[Any, int]) -> None:
+    """Add to the layers' axes of variables what equations that map over layers say of others."""
+    before = None
+    while before != len(axes):
+        before = len(axes)
+        for equation in (*equations, *reversed(equations)):
+            for var, axis in mapped(equation, height, axes) or ():
+                if axis is not None:
+                    axes.setdefault(var, axis)
+
+
+def run_one_layer(equation: Equation, values: Sequence[Any], axis: int) -> Sequence[Any]:
+    """Run an equation that is `mapped`, with the layers' axis of its results, on one layer."""
+    name = equation.primitive.name
+    if name == "scan":
         parts = scan(equation, values)
         operands = [*parts.consts, *parts.xs]
         return evaluate(parts.body, parts.body_consts, operands, run_inlined)
-    if equation.primitive.name == "broadcast_in_dim":
+    if name == "transpose":
+        order = list(equation.params["permutation"])
+        gone = order.pop(axis)
+        return [jnp.transpose(values[0], [own - (own > gone) for own in order])]
+    if name == "reshard":
+        sharding = equation.params["dst_sharding"]
+        along = list(sharding.spec)
+        del along[axis : axis + 1]
+        return [_meshes.move(values[0], sharding.mesh, tuple(along))]
+    if name == "broadcast_in_dim":
         (var,) = equation.outvars
-        along = tuple(var.aval.sharding.spec)[1:]  # type: ignore[attr-defined]
-        return [_meshes.divide(jnp.broadcast_to(values[0], shape(var)[1:]), along)]
+        along = list(var.aval.sharding.spec)  # type: ignore[attr-defined]
+        del along[axis : axis + 1]
+        return [_meshes.divide(jnp.broadcast_to(values[0], layer_shape(var, axis)), tuple(along))]
     return run(equation, values)
+
+
+def layer_shape(var: Any, axis: int) -> tuple[int, ...]:
+    """Of one layer of a stack."""
+    return shape(var)[:axis] + shape(var)[axis + 1 :]
+
+
+def scans(equation: Equation) -> list[Equation]:
+    """The scans that an equation is or has in its inner programs, the outer ones first."""
+    values = equation.params.values()
+    inside = [x for own in values for x in (own if isinstance(own, tuple | list) else [own])]
+    own = [equation] if equation.primitive.name == "scan" else []
+    return own + [scan for x in inside for e in getattr(x, "eqns", ()) for scan in scans(e)]
 
 
 def describe(equation: Equation) -> str:

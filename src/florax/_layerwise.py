@@ -9,7 +9,7 @@ FLORA in its Appendix C; here for any leaf-wise transformation.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,7 @@ def step(
     traced = _value_and_grad.trace_loss(
         loss_fn, 0, has_aux, (params, *args), {}, _jaxprs.trace_flat
     )
-    program = cut(traced, _stacks.all_of(state))
-    run = _Step(program)
+    run = _Step(cut(traced, _stacks.all_of(state)))
     values = run.forward()
 
     def update(gradients: list[jax.Array], values: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -48,22 +47,7 @@ def step(
     return traced.result(values), params, state
 
 
-class Scan(NamedTuple):
-    """A scan over stacked parameters.
-
-    Attributes:
-      number: of its equation.
-      weights: by variable of the scan's stacked input, the parameter's number and the casts between
-        them.
-    """
-
-    number: int
-    weights: dict[Any, tuple[int, list[_jaxprs.Equation]]]
-
-    @property
-    def leaves(self) -> list[int]:
-        """The numbers of the parameters."""
-        return sorted(leaf for leaf, _ in self.weights.values())
+Weights: TypeAlias = dict[Any, _segments.Weight]
 
 
 class Cut(NamedTuple):
@@ -71,93 +55,131 @@ class Cut(NamedTuple):
 
     Attributes:
       traced: the loss, as a function of the parameters.
-      segments: ranges of its equations; those that are one such scan come with it.
-      casts: the numbers of the equations that only cast a stacked parameter: done layer by layer.
+      segments: ranges of its equations; those that are one such scan come with the parameters that
+        it scans over, by variable.
+      casts: the numbers of the equations that only cast or transpose a stacked parameter: done
+        layer by layer.
       stacked: the numbers of the parameters that are scanned over.
     """
 
     traced: _value_and_grad.Program
-    segments: list[tuple[range, Scan | None]]
+    segments: list[tuple[range, Weights]]
     casts: set[int]
     stacked: set[int]
 
 
+class _Use(NamedTuple):
+    """A use of a stacked parameter.
+
+    Attributes:
+      number: of the equation that reads it; None if the loss returns it.
+      var: as which it is read.
+      order: the parameter's axes as they are there.
+    """
+
+    number: int | None
+    var: Any
+    order: tuple[int, ...]
+
+
 def cut(traced: _value_and_grad.Program, stacks: Sequence[_stacks.Stack]) -> Cut:
     """Find the scans over what `per_layer` says to be stacks of layers; raise for what has none."""
-    if not any(stack.paths for stack in stacks):
+    said = {path: axis for stack in stacks for path, axis in stack.axes.items()}
+    if not said:
         raise ValueError(
             "layerwise=True needs per_layer in tx, to say which leaves are stacks of layers: "
             "value_and_update(loss_fn, florax.per_layer(opt, stacked), layerwise=True)."
         )
-    jaxpr, paths = traced.jaxpr, traced.paths
-    said = {path: stack.height for stack in stacks for path in stack.paths}
-    scans = _scans(jaxpr)
-    found = {leaf for scan in scans for leaf in scan.leaves}
-    for leaf, path in enumerate(paths):
-        if path in said and leaf not in found:
+    stacked = {leaf: said[path] for leaf, path in enumerate(traced.paths) if path in said}
+    while True:
+        jaxpr = traced.jaxpr
+        followed = {leaf: _follow(jaxpr, leaf) for leaf in stacked}
+        found = {use.number for uses, _ in followed.values() for use in uses}
+        around = [
+            number
+            for number in found
+            if number is not None
+            and jaxpr.eqns[number].primitive.name in _jaxprs.CHECKPOINT
+            and _jaxprs.scans(jaxpr.eqns[number])
+        ]
+        if not around:
+            break
+        # Layers are recomputed anyway; what else was to be is kept now.
+        flat = _jaxprs.flatten(jaxpr, traced.consts, traced.leaves, around)
+        traced = traced._replace(jaxpr=flat[0], consts=flat[1])
+    scans: dict[int, Weights] = {}
+    for leaf, (uses, casts) in followed.items():
+        axis = stacked[leaf]
+        if problem := _problem(jaxpr, uses, axis):
+            height = jnp.shape(traced.leaves[leaf])[axis]
             raise ValueError(
-                f"per_layer takes {path} for a stack of {said[path]} layers, but no scan of the "
-                "loss has it for a scanned input and is its only use. Looked for is a jax.lax.scan "
-                "at the top level of the loss (jit may be around it, no other transformation). "
-                f"Found: {'; '.join(_describe(scan, jaxpr, paths) for scan in scans) or 'none'}. "
-                "Scan over the layers of the model, or leave the leaf out of stacked."
+                f"per_layer takes {traced.paths[leaf]} for a stack of {height} layers along axis "
+                f"{axis}. For layer by layer the loss must scan over that axis of it once, and "
+                f"have no other use of it, but {problem}"
             )
-    # A scan over leaves that nobody called layers is a part of the program like any other.
-    chosen = [
-        Scan(scan.number, own)
-        for scan in scans
-        if (own := {v: w for v, w in scan.weights.items() if paths[w[0]] in said})
-    ]
-    segments: list[tuple[range, Scan | None]] = []
+        ((number, var, _),) = uses
+        assert number is not None
+        own = [(jaxpr.eqns[n], order.index(axis)) for n, order in casts.items()]
+        scans.setdefault(number, {})[var] = _segments.Weight(leaf, axis, own)
+    segments: list[tuple[range, Weights]] = []
     start = 0
-    for scan in chosen:
-        segments += [(range(start, scan.number), None), (range(scan.number, scan.number + 1), scan)]
-        start = scan.number + 1
-    segments.append((range(start, len(jaxpr.eqns)), None))
-    cast = {id(cast) for scan in chosen for _, casts in scan.weights.values() for cast in casts}
-    casts = {number for number, equation in enumerate(jaxpr.eqns) if id(equation) in cast}
-    return Cut(traced, segments, casts, {leaf for scan in chosen for leaf in scan.leaves})
+    for number, weights in sorted(scans.items()):
+        segments += [(range(start, number), {}), (range(number, number + 1), weights)]
+        start = number + 1
+    segments.append((range(start, len(jaxpr.eqns)), {}))
+    return Cut(traced, segments, {n for _, casts in followed.values() for n in casts}, {*stacked})
 
 
-def _scans(jaxpr: _jaxprs.Jaxpr) -> list[Scan]:
-    """All scans, with the parameters that they scan over and that have no other use."""
-    uses: dict[Any, int] = {}
-    for var in (*jaxpr.outvars, *(var for equation in jaxpr.eqns for var in equation.invars)):
-        if not isinstance(var, _jaxprs.Literal):
-            uses[var] = uses.get(var, 0) + 1
-    made = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
-    numbers = {var: number for number, var in enumerate(jaxpr.invars)}
-
-    def parameter(var: Any) -> tuple[int, list[_jaxprs.Equation]] | None:
-        """The parameter that a variable is a cast of, if it has no other use."""
-        casts: list[_jaxprs.Equation] = []
-        while not isinstance(var, _jaxprs.Literal) and uses.get(var) == 1:
-            if var in numbers:
-                return numbers[var], casts[::-1]
-            if var not in made or made[var].primitive.name != "convert_element_type":
-                break
-            casts.append(made[var])
-            var = made[var].invars[0]
-        return None
-
-    return [
-        Scan(
-            number,
-            {
-                var: found
-                for var in _jaxprs.scan(equation, equation.invars).xs
-                if (found := parameter(var)) is not None
-            },
-        )
-        for number, equation in enumerate(jaxpr.eqns)
-        if equation.primitive.name == "scan"
-    ]
+def _follow(jaxpr: _jaxprs.Jaxpr, leaf: int) -> tuple[list[_Use], dict[int, tuple[int, ...]]]:
+    """The uses of a parameter, and the casts and transposes before, with its axes as they are."""
+    var = jaxpr.invars[leaf]
+    orders = {var: tuple(range(len(_jaxprs.shape(var))))}
+    uses, casts = [], {}
+    for number, equation in enumerate(jaxpr.eqns):
+        read = [v for v in equation.invars if not isinstance(v, _jaxprs.Literal) and v in orders]
+        name = equation.primitive.name
+        if read and name in ("convert_element_type", "reshard", "transpose"):
+            order = orders[read[0]]
+            order = tuple(
+                order[axis] for axis in equation.params.get("permutation", range(len(order)))
+            )
+            casts[number] = orders[equation.outvars[0]] = order
+        else:
+            uses += [_Use(number, v, orders[v]) for v in read]
+    returned = [v for v in jaxpr.outvars if not isinstance(v, _jaxprs.Literal) and v in orders]
+    return uses + [_Use(None, v, orders[v]) for v in returned], casts
 
 
-def _describe(scan: Scan, jaxpr: _jaxprs.Jaxpr, paths: Sequence[str]) -> str:
-    equation = jaxpr.eqns[scan.number]
-    over = ", ".join(paths[leaf] for leaf in scan.leaves) or "no parameters"
-    return f"{_jaxprs.describe(equation)} of length {equation.params['length']} over {over}"
+def _problem(jaxpr: _jaxprs.Jaxpr, uses: Sequence[_Use], axis: int) -> str:
+    """What stands against these uses being one scan over that axis, and what to do; else empty."""
+    if not uses:
+        return "the loss does not use it. Leave it out of stacked."
+    scanned: list[int] = []
+    said: list[str] = []
+    for number, var, order in uses:
+        if number is None:
+            said.append("the loss returns it")
+            continue
+        equation = jaxpr.eqns[number]
+        what = _jaxprs.describe(equation)
+        if equation.primitive.name == "scan":
+            if any(var is own for own in _jaxprs.scan(equation, equation.invars).xs):
+                scanned.append(order[0])
+                said.append(f"{what} goes over axis {order[0]}")
+                continue
+            what += ", a loop,"
+        inside = [_jaxprs.describe(own) for own in _jaxprs.scans(equation) if own is not equation]
+        around = f" (around {inside[0]})" if inside else ""
+        said.append(f"{what} takes it whole{around}")
+    if scanned == [axis] and len(uses) == 1:
+        return ""
+    if len(uses) == 1 and scanned:
+        return f"{said[0]}. Pass axis={scanned[0]} to per_layer."
+    counted = [f"{what}, {n} times" if (n := said.count(what)) > 1 else what for what in said]
+    return (
+        f"{' and '.join(dict.fromkeys(counted))}. Use it in the body of one jax.lax.scan, with "
+        "nothing but jit without shardings and jax.checkpoint around, or leave it out of stacked."
+    )
 
 
 class _Step:
@@ -183,20 +205,15 @@ class _Step:
     def forward(self) -> list[jax.Array]:
         """What the loss returns."""
         jaxpr, casts = self.jaxpr, self.program.casts
-        for numbers, scan in self.program.segments:
+        for numbers, weights in self.program.segments:
             later = [var for equation in jaxpr.eqns[numbers.stop :] for var in equation.invars]
             used = {v for v in (*jaxpr.outvars, *later) if not isinstance(v, _jaxprs.Literal)}
-            if scan is None:
+            if not weights:
                 equations = [jaxpr.eqns[n] for n in numbers if n not in casts]
                 own: _segments.Segment = _segments.Plain(equations, self.env, self.active, used)
             else:
-                weights = {
-                    var: _segments.Weight(self.leaves[leaf], leaf, casts)
-                    for var, (leaf, casts) in scan.weights.items()
-                }
-                own = _segments.Layers(
-                    jaxpr.eqns[scan.number], weights, self.env, self.active, used
-                )
+                scan = jaxpr.eqns[numbers.start]
+                own = _segments.Layers(scan, weights, self.leaves, self.env, self.active, used)
             self.segments.append(own)
         values = _jaxprs.read(self.env, jaxpr.outvars)
         self.loss = values[0]

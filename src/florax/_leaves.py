@@ -5,7 +5,8 @@ What `init`, `update` and `state_report` know of a leaf they read from its `Leaf
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import jax
@@ -75,18 +76,17 @@ class Leaf:
         columns = math.prod(self.shape[axis] for axis in self.columns)
         return 4 * self.matrices * self.rank * columns
 
-    def layer(self) -> "Leaf":
-        """One layer of a stack along the first axis: as a leaf of its own.
+    def layer(self, axis: int) -> "Leaf":
+        """One layer of a stack along that axis: as a leaf of its own.
 
         Its projections are those of the stack with the layer's number folded into the key.
         """
         rows, columns, batch = (
-            tuple(axis - 1 for axis in axes if axis)
+            tuple(own - (own > axis) for own in axes if own != axis)
             for axes in (self.rows, self.columns, self.batch)
         )
-        return dataclasses.replace(
-            self, shape=self.shape[1:], rows=rows, columns=columns, batch=batch
-        )
+        shape = self.shape[:axis] + self.shape[axis + 1 :]
+        return dataclasses.replace(self, shape=shape, rows=rows, columns=columns, batch=batch)
 
     def draw_matrix(self, key: jax.Array) -> jax.Array:
         """The projection of one matrix, shape `(rank, *columns)`, from its key (`_keys`)."""
@@ -154,26 +154,29 @@ class Plan:
         """What can be compared of the settings: functions and trees are not."""
         return (self.side, self.projection, self.rank if _checks.is_int(self.rank) else None)
 
-    def __call__(self, params: Any, stacks: Collection[str] = ()) -> tuple[Leaf, ...]:
+    def __call__(
+        self, params: Any, stacks: Mapping[str, int] = MappingProxyType({})
+    ) -> tuple[Leaf, ...]:
         """Decide for every leaf of `params`, in flattening order, how it is kept.
 
-        `stacks` names the leaves that are stacks of layers along their first axis.
+        `stacks` names the leaves that are stacks of layers, and the axis of these.
         """
         flat = jax.tree_util.tree_leaves_with_path(params)
         names = [_dimensions.name(path) for path, _ in flat]
         ranks = _dimensions.resolve("rank", self.rank, params)
         dimensions = _dimensions.resolve("dimension_numbers", self.dimension_numbers, params)
         return tuple(
-            self._leaf(name, leaf, r, d, name in stacks)
+            self._leaf(name, leaf, r, d, stacks.get(name))
             for name, (_, leaf), r, d in zip(names, flat, ranks, dimensions, strict=True)
         )
 
-    def _leaf(self, path: str, leaf: Any, rank: Any, dimensions: Any, is_stack: bool) -> Leaf:
+    def _leaf(self, path: str, leaf: Any, rank: Any, dimensions: Any, axis: int | None) -> Leaf:
         shape, dtype = shape_and_dtype(path, leaf)
         check_dtype(path, dtype)
-        if dimensions is None and len(shape) == 2 + is_stack:
-            batch = (0,) if is_stack else ()
-            dimensions = _dimensions.FloraDimensionNumbers(rows=-2, columns=-1, batch=batch)
+        batch = () if axis is None else (axis,)
+        if dimensions is None and len(shape) == 2 + len(batch):
+            rows, columns = (own for own in range(len(shape)) if own != axis)
+            dimensions = _dimensions.FloraDimensionNumbers(rows, columns, batch)
         if dimensions is not None:
             if not isinstance(dimensions, _dimensions.FloraDimensionNumbers):
                 raise TypeError(
@@ -186,15 +189,17 @@ class Plan:
         if rank is None:
             return dataclasses.replace(dense, reason="rank is None")
         if dimensions is None:  # a rank, too, is of matrices only
-            ndim = len(shape) - is_stack
+            ndim = len(shape) - len(batch)
             hint = ", no dimension_numbers" if ndim > 2 else ""
             return dataclasses.replace(dense, reason=f"{ndim}-D{hint}")
         _checks.positive_int(f"rank of {path}", rank, static=True)
-        if is_stack and 0 not in dimensions.batch:
+        if not {*batch} <= {*dimensions.batch}:
             raise ValueError(
-                f"per_layer takes {path} for a stack of layers, dimension_numbers do not: "
-                f"{dimensions}. Name axis 0 as batch."
+                f"per_layer takes {path} for a stack of layers along axis {axis}, "
+                f"dimension_numbers do not: {dimensions}. Name axis {axis} as batch."
             )
+        # The layers first: then layer i has the keys of the stack with i folded in (`_keys`).
+        batch += tuple(own for own in dimensions.batch if own != axis)
         rows, columns = dimensions.rows, dimensions.columns
         n, m = (math.prod(shape[axis] for axis in axes) for axes in (rows, columns))
         if rank >= min(n, m):
@@ -212,7 +217,7 @@ class Plan:
             rank=int(rank),
             rows=rows,
             columns=columns,
-            batch=dimensions.batch,
+            batch=batch,
             projection=self.projection,
         )
 

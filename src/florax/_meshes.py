@@ -57,6 +57,26 @@ def _reshard(array: jax.Array, along: Division) -> jax.Array:
     return resharded
 
 
+def move(array: jax.Array, mesh: Any, along: Division) -> jax.Array:
+    """`array` in the same mesh with axes of other types, as `auto_axes` and `explicit_axes` do."""
+    sharding = jax.sharding.NamedSharding(mesh, spec(along))
+    with jax.sharding.use_abstract_mesh(mesh):
+        moved: jax.Array = jax.sharding.reshard(array, sharding)  # type: ignore[no-untyped-call]
+        return moved
+
+
+def in_use(array: jax.Array) -> contextlib.AbstractContextManager[Any]:
+    """The mesh of the type of `array` in use, as inside of `auto_axes` and `explicit_axes`."""
+    inside = not jax.sharding.get_abstract_mesh().empty
+    return entered(jax.typeof(array).sharding.mesh if inside else None)
+
+
+def known_to(array: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, the same on all devices, with the type that meets that of `array`."""
+    mesh, own = (jax.typeof(y).sharding.mesh for y in (array, x))
+    return x if mesh.empty or own.empty or mesh == own else move(x, mesh, ())
+
+
 def varying(x: jax.Array) -> frozenset[str]:
     """The axes of a `shard_map` along which the devices have values of their own."""
     axes: frozenset[str] = jax.typeof(x).manual_axis_type.varying
@@ -85,17 +105,9 @@ def within(like: jax.Array, function: Callable[..., Any], total: jax.Array, *arg
     if mesh.empty or mesh == jax.typeof(total).sharding.mesh or not is_explicit(total):
         return function(total, *args)
     with jax.sharding.use_abstract_mesh(mesh):
-        new, more = function(*jax.tree.map(lambda x: _moved(x, mesh, ()), (total, *args)))
+        new, more = function(*jax.tree.map(lambda x: move(x, mesh, ()), (total, *args)))
     own = jax.typeof(total).sharding
-    return _moved(new, own.mesh, own.spec), more
-
-
-def _moved(array: jax.Array, mesh: Any, along: Any) -> jax.Array:
-    if jax.typeof(array).sharding.mesh == mesh:
-        return array
-    sharding = jax.sharding.NamedSharding(mesh, spec(tuple(along)))
-    moved: jax.Array = jax.sharding.reshard(array, sharding)  # type: ignore[no-untyped-call]
-    return moved
+    return move(new, own.mesh, tuple(own.spec)), more
 
 
 def automatically(function: Callable[..., jax.Array], total: jax.Array, *args: Any) -> jax.Array:

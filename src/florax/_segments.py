@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from florax import _jaxprs, _stacks, _updates
+from florax import _jaxprs, _meshes, _stacks, _updates
 
 Env: TypeAlias = dict[Any, Any]
 
@@ -26,12 +26,12 @@ class Cotangents:
         for var, own in zip(variables, cotangents, strict=True):
             if not isinstance(var, _jaxprs.Literal):
                 old = self._sums.get(var)
-                self._sums[var] = own if old is None else old + own
+                self._sums[var] = own if old is None else _add(old, own)
 
     def take(self, var: Any) -> jax.Array:
         """The cotangent of a variable to which nothing is added any more."""
         own = self._sums.pop(var, None)
-        return jnp.zeros_like(self._env[var]) if own is None else own
+        return _zeros(self._env[var]) if own is None else own
 
     def __contains__(self, var: Any) -> bool:
         """Whether any use gave something."""
@@ -84,11 +84,17 @@ class Plain:
 
 
 class Weight(NamedTuple):
-    """A stacked parameter: its value, its number, and the casts through which a layer reads it."""
+    """A stacked parameter.
 
-    value: jax.Array
+    Attributes:
+      number: of the parameter.
+      axis: of its layers.
+      casts: and transposes through which a scan reads it, with the layers' axis in their results.
+    """
+
     number: int
-    casts: Sequence[_jaxprs.Equation]
+    axis: int
+    casts: Sequence[tuple[_jaxprs.Equation, int]]
 
 
 class Layers:
@@ -98,13 +104,15 @@ class Layers:
         self,
         equation: _jaxprs.Equation,
         weights: dict[Any, Weight],
+        leaves: Sequence[jax.Array],
         env: Env,
         active: Collection[Any],
         used: Collection[Any],
     ) -> None:
-        """Run it forward; `weights` are the parameters that it scans over, by variable."""
+        """Run it forward; `weights` are those of `leaves` that it scans over, by variable."""
         self.weights = weights
-        self.numbers = sorted(weight.number for weight in weights.values())
+        self.axes = dict(sorted((number, axis) for number, axis, _ in weights.values()))
+        stacks = [leaves[number] for number in self.axes]
         self.length, self.reverse = equation.params["length"], equation.params["reverse"]
         self.operands = operands = _jaxprs.scan(equation, equation.invars)
         first, count = len(operands.consts), len(operands.carry)
@@ -132,14 +140,14 @@ class Layers:
         )
 
         def forward(carry: list[Any], xs: Any) -> Any:
-            new, outputs = self.layer(self.consts, carry, *xs)
+            index, data = xs
+            # Taken, not scanned over: so a stack along another axis is not transposed as a whole.
+            own = _stacks.take(stacks, index, [*self.axes.values()])
+            new, outputs = self.layer(self.consts, carry, own, data)
             return new, (carry, outputs)
 
-        values = {weight.number: weight.value for weight in weights.values()}
-        stacks = [values[number] for number in self.numbers]
-        last, (self.inputs, outputs) = jax.lax.scan(
-            forward, carry, (stacks, self.data), length=self.length, reverse=self.reverse
-        )
+        xs = (jnp.arange(self.length), self.data)
+        last, (self.inputs, outputs) = jax.lax.scan(forward, carry, xs, reverse=self.reverse)
         env.update(zip((*self.carry_results, *self.kept), (*last, *outputs), strict=True))
         env.update(zip(self.aliases, _jaxprs.read(env, list(self.aliases.values())), strict=True))
 
@@ -148,15 +156,16 @@ class Layers:
     ) -> tuple[list[Any], list[Any]]:
         """One layer: what it hands on, and what of its results is used."""
         fixed, moved, slices = iter(consts), iter(carry), iter(data)
+        stacks = dict(zip(self.axes, own, strict=True))
         values = [next(fixed) for _ in self.operands.consts]
         values += [next(fixed) if stays else next(moved) for stays in self.still]
         for var in self.operands.xs:
             if var not in self.weights:
                 values.append(next(slices))
                 continue
-            value = own[self.numbers.index(self.weights[var].number)]
-            for cast in self.weights[var].casts:
-                (value,) = _jaxprs.run(cast, [value])
+            value = stacks[self.weights[var].number]
+            for cast, axis in self.weights[var].casts:
+                (value,) = _jaxprs.run_one_layer(cast, [value], axis)
             values.append(value)
         body, body_consts = self.operands.body, self.operands.body_consts
         outputs = _jaxprs.evaluate(body, body_consts, values, _jaxprs.run_inlined)
@@ -165,7 +174,7 @@ class Layers:
 
     def backward(self, cotangents: Cotangents, update: _updates.Update) -> dict[int, jax.Array]:
         """Update the layers from the last to the first; the values that are replaced."""
-        layers = update.layers(self.numbers, self.length)
+        layers = update.layers(self.axes, self.length)
         d_kept = [cotangents.take(v) if is_inexact(v) else None for v in self.kept]
 
         def give(
@@ -200,13 +209,13 @@ class Layers:
             # As the backward pass yields them, so that none has to wait for another.
             for number in sorted(range(len(grads)), key=lambda number: order[number]):
                 update.give(number, grads[number])
-            d_consts = [old + new for old, new in zip(d_consts, g_consts, strict=True)]
+            d_consts = [*map(_add, d_consts, g_consts)]
             return d_carry, d_consts, _stacks.put(d_data, g_data, index)
 
         start = (
             [cotangents.take(v) for v in _where(self.carry_on, self.carry_results)],
-            [jnp.zeros_like(x) for x in _where(self.const_on, self.consts)],
-            [jnp.zeros_like(x) for x in _where(self.data_on, self.data)],
+            [*map(_zeros, _where(self.const_on, self.consts))],
+            [*map(_zeros, _where(self.data_on, self.data))],
         )
         replaced, (d_carry, d_consts, d_data) = update.run_layers(
             layers, give, start, reverse=not self.reverse
@@ -226,6 +235,16 @@ Segment: TypeAlias = Plain | Layers
 def is_inexact(var: Any) -> bool:
     """Whether a variable is of a dtype that has cotangents."""
     return jnp.issubdtype(var.aval.dtype, jnp.inexact)
+
+
+def _add(x: jax.Array, y: jax.Array) -> jax.Array:
+    with _meshes.in_use(x):
+        return x + y
+
+
+def _zeros(like: jax.Array) -> jax.Array:
+    with _meshes.in_use(like):
+        return jnp.zeros_like(like)
 
 
 def _where(chosen: Sequence[bool], values: Sequence[Any]) -> list[Any]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _dimensions, _keys, _leaves, _meshes, _sketches
+from florax import _checks, _dimensions, _keys, _leaves, _meshes, _sketches
 
 Stacked: TypeAlias = Callable[[_dimensions.KeyPath, Any], bool] | Any
 
@@ -22,22 +22,27 @@ class Stacks:
       paths: per leaf, in flattening order, its name.
       of_leaves: per leaf the number of the stack that it is part of; None if of none.
       heights: per stack the number of its layers.
+      axes: per leaf the axis of its layers; 0 if it has none.
     """
 
     paths: tuple[str, ...]
     of_leaves: tuple[int | None, ...]
     heights: tuple[int, ...]
+    axes: tuple[int, ...]
 
     def each(self) -> list["Stack"]:
         """The stacks one by one."""
-        pairs = list(zip(self.paths, self.of_leaves, strict=True))
+        leaves = list(zip(self.paths, self.of_leaves, self.axes, strict=True))
         return [
-            Stack(height, tuple(path for path, own in pairs if own == number))
+            Stack(height, {path: axis for path, own, axis in leaves if own == number})
             for number, height in enumerate(self.heights)
         ]
 
-    def select(self, tree: Any, stack: int | None) -> Any:
-        """`tree` with the leaves of that stack only, None in the place of the others."""
+    def select(self, tree: Any, stack: int | None, like: Any = None) -> Any:
+        """`tree` with the leaves of that stack only, their layers along the first axis.
+
+        None is in the place of the others. What has fewer axes than `like` has its layers there.
+        """
         if tree is None:
             return None
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
@@ -49,15 +54,19 @@ class Stacks:
                 f"{[p for p in paths if p not in self.paths]}. Pass a tree like the parameters "
                 "given to init."
             )
-        own = [x if of == stack else None for of, (_, x) in zip(self.of_leaves, flat, strict=True)]
+        likes = jax.tree.leaves(tree if like is None else like)
+        leaves = zip(self.of_leaves, self.axes, flat, likes, strict=True)
+        own = [
+            _move(x, axis, 0, like) if of == stack else None for of, axis, (_, x), like in leaves
+        ]
         return jax.tree.unflatten(treedef, own)
 
 
 class Stack(NamedTuple):
-    """One stack of layers: how many there are, and the names of its leaves."""
+    """One stack of layers: how many there are, and by the names of its leaves the layers' axis."""
 
     height: int
-    paths: tuple[str, ...]
+    axes: dict[str, int]
 
 
 class Parts(NamedTuple):
@@ -73,6 +82,7 @@ class PerLayerState(NamedTuple):
     Attributes:
       inner: the state of the transformation, in which what is kept like the parameters (Adam's
         moments) is a tree like the parameters, and what is kept beside them (its count) a `Parts`.
+        Leaves with as many axes as the parameter have its layers' axis, others the first.
       stacks: which leaves are stacks; static.
     """
 
@@ -81,28 +91,31 @@ class PerLayerState(NamedTuple):
 
 
 def per_layer(
-    opt: optax.GradientTransformation, stacked: Stacked
+    opt: optax.GradientTransformation, stacked: Stacked, axis: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """Treat every layer of stacked parameters as the block of its own that it is.
 
-    Models that scan over their layers keep a weight of all layers in one array with a leading axis.
+    Models that scan over their layers keep a weight of all layers in one array with an axis more.
     To Optax that is one parameter: Adafactor clips and scales the update of all layers by one
-    number, and factors what would be a vector. This maps `opt` over the leading axis instead, so
-    that training does not depend on how layers are stored; random numbers are each layer's own.
+    number, and factors what would be a vector. This maps `opt` over the layers instead, so that
+    training does not depend on how they are stored; random numbers are each layer's own.
     Inside `flora_accumulate`, `finish` proceeds layer by layer, and
     `value_and_update(..., layerwise=True)` updates each layer as its gradient appears.
 
     Args:
       opt: any Optax transformation.
-      stacked: which leaves are stacks, along their first axis: a tree of bools, possibly a prefix
-        of the parameters', or a function `(path, leaf) -> bool`. Stacks with as many layers are
-        updated together.
+      stacked: which leaves are stacks: a tree of bools, possibly a prefix of the parameters', or a
+        function `(path, leaf) -> bool`. Stacks with as many layers are updated together.
+      axis: of the layers in every stack; 1 for MaxText's `param_scan_axis=1` or `flax.linen.scan`
+        with `variable_axes={"params": 1}`. A negative one counts from the end. Where stacks differ,
+        `optax.partition` gives each its `per_layer`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Extra arguments reach every layer as they are.
 
     Raises:
-      ValueError: a leaf that is said to be a stack has no axis.
+      TypeError: `axis` is not an int, or an answer of `stacked` not a bool.
+      ValueError: a leaf that is said to be a stack has no such axis.
 
     >>> import florax, jax, jax.numpy as jnp, optax
     >>> params = {"layers": jnp.stack([jnp.ones(4), jnp.full(4, 1e3)]), "head": jnp.ones(4)}
@@ -113,6 +126,11 @@ def per_layer(
     >>> [round(x, 4) for x in clip.update(params, clip.init(params))[0]["layers"][:, 0].tolist()]
     [0.0014, 1.4142]
     """
+    if not _checks.is_int(axis):
+        raise TypeError(
+            f"axis must be an int, that of the layers in every stack, got {axis!r}. Which leaves "
+            "are stacks says stacked."
+        )
     opt = optax.with_extra_args_support(opt)
 
     def init_fn(params: optax.Params) -> PerLayerState:
@@ -120,7 +138,7 @@ def per_layer(
             # As for sketches: a leaf that stands for what is no copy of the parameters.
             return PerLayerState(opt.init(params), cast(Stacks, jnp.zeros([])))
         _sketches.register_with_flax(Stacks, ())
-        stacks = _find_stacks(params, stacked)
+        stacks = _find_stacks(params, stacked, int(axis))
         layers = []
         for stack, height in enumerate(stacks.heights):
             own = jax.vmap(opt.init)(stacks.select(params, stack))
@@ -166,6 +184,7 @@ def over_layers(
     height: int,
     body: Callable[[jax.Array, Any, Any], tuple[Any, Any]],
     stacks: Any,
+    axes: Any,
     carry: Any = None,
     *,
     reverse: bool = False,
@@ -175,7 +194,8 @@ def over_layers(
     Args:
       height: the number of layers.
       body: `(index, layer, carry) -> (new layer, new carry)`.
-      stacks: a tree of arrays with a leading axis of layers.
+      stacks: a tree of arrays.
+      axes: the axis of the layers in each of them.
       carry: what a layer hands on to the next.
       reverse: from the last layer to the first.
 
@@ -186,8 +206,8 @@ def over_layers(
     def step(count: jax.Array, loop: Any) -> Any:
         stacks, carry = loop
         index = height - 1 - count if reverse else count
-        layer, carry = body(index, take(stacks, index), carry)
-        return put(stacks, layer, index), carry
+        layer, carry = body(index, take(stacks, index, axes), carry)
+        return put(stacks, layer, index, axes), carry
 
     # A loop that carries the stacks updates them in place; a scan would make new ones.
     start = jax.tree.map(_meshes.settle, (stacks, carry))
@@ -195,41 +215,66 @@ def over_layers(
     return new
 
 
-def take(stacks: Any, index: jax.Array) -> Any:
-    """One layer of stacks."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacks)
+def take(stacks: Any, index: jax.Array, axes: Any = None) -> Any:
+    """One layer of stacks, along the first axis if no `axes` are given."""
+
+    def of(x: jax.Array, axis: int) -> Any:
+        with _meshes.in_use(x):
+            own = _meshes.known_to(x, index)
+            return jax.lax.dynamic_index_in_dim(x, own, axis, keepdims=False)
+
+    axes = jax.tree.map(lambda _: 0, stacks) if axes is None else axes
+    return jax.tree.map(of, stacks, axes)
 
 
-def put(stacks: Any, layer: Any, index: jax.Array) -> Any:
+def put(stacks: Any, layer: Any, index: jax.Array, axes: Any = None) -> Any:
     """Stacks with one layer replaced."""
-    return jax.tree.map(
-        lambda x, part: jax.lax.dynamic_update_index_in_dim(x, part, index, 0), stacks, layer
-    )
+
+    def into(x: jax.Array, part: jax.Array, axis: int) -> Any:
+        with _meshes.in_use(x):
+            own = _meshes.known_to(x, index)
+            return jax.lax.dynamic_update_index_in_dim(x, part, own, axis)
+
+    axes = jax.tree.map(lambda _: 0, stacks) if axes is None else axes
+    return jax.tree.map(into, stacks, layer, axes)
 
 
-def _find_stacks(params: optax.Params, stacked: Stacked) -> Stacks:
+def _find_stacks(params: optax.Params, stacked: Stacked, axis: int) -> Stacks:
     flat = jax.tree_util.tree_leaves_with_path(params)
     paths = tuple(_dimensions.name(path) for path, _ in flat)
     is_stack = _dimensions.resolve("stacked", stacked, params)
     heights: list[int | None] = []
+    axes: list[int] = []
     for path, (_, leaf), says in zip(paths, flat, is_stack, strict=True):
         shape, _ = _leaves.shape_and_dtype(path, leaf)
-        if says and not shape:
+        if _checks.is_int(says):
+            raise TypeError(f"stacked says {says!r} of {path}, no bool. Which axis says axis.")
+        if says and not -len(shape) <= axis < len(shape):
+            what = f"has no axis {axis}, its shape is {shape}" if shape else "is a scalar"
             raise ValueError(
-                f"{path} is said to be a stack of layers, but is a scalar. Leave it out of stacked."
+                f"{path} is said to be a stack of layers, but {what}. Leave it out of stacked."
             )
-        heights.append(shape[0] if says else None)
+        heights.append(shape[axis] if says else None)
+        axes.append(axis % len(shape) if says else 0)
     distinct = sorted({height for height in heights if height is not None})
     numbers = (None if height is None else distinct.index(height) for height in heights)
-    return Stacks(paths, tuple(numbers), tuple(distinct))
+    return Stacks(paths, tuple(numbers), tuple(distinct), tuple(axes))
+
+
+def _move(x: Any, source: int, target: int, like: Any) -> Any:
+    """`x` with the layers' axis moved, if it has as many axes as `like`."""
+    if source == target or jnp.ndim(x) != jnp.ndim(like):
+        return x
+    return jnp.moveaxis(x, source, target)
 
 
 def _merge(stacks: Stacks, like: Any, parts: dict[int | None, Any]) -> Any:
-    """The whole tree, like `like`, from its parts by stack."""
+    """The whole tree, like `like`, from its parts by stack: the opposite of `select`."""
     leaves = {stack: iter(jax.tree.leaves(part)) for stack, part in parts.items()}
-    return jax.tree.unflatten(
-        jax.tree.structure(like), [next(leaves[stack]) for stack in stacks.of_leaves]
-    )
+    flat, treedef = jax.tree.flatten(like)
+    own = zip(stacks.of_leaves, stacks.axes, flat, strict=True)
+    merged = [_move(next(leaves[stack]), 0, axis, leaf) for stack, axis, leaf in own]
+    return jax.tree.unflatten(treedef, merged)
 
 
 def _join(stacks: Stacks, params: Any, parts: Parts) -> PerLayerState:
@@ -264,7 +309,7 @@ def _split(state: PerLayerState, params: Any) -> Parts:
         def of(node: Any) -> Any:
             if isinstance(node, Parts):
                 return node.rest if stack is None else node.layers[stack]
-            return stacks.select(node, stack)
+            return stacks.select(node, stack, params)
 
         return jax.tree.map(
             of, state.inner, is_leaf=lambda node: isinstance(node, Parts) or is_kept_whole(node)

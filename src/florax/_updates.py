@@ -6,7 +6,7 @@ the global norm) comes out whole, and a stack is updated a layer at a time where
 over the layers (`per_layer`, and entry-wise operations before and after it).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ class Layers(NamedTuple):
 
     Attributes:
       height: how many layers there are.
+      axes: per variable that is a stack, the axis of the layers.
       gradients: the numbers of the gradients that enter it.
       replaced: the numbers of the values that it replaces.
       equations: those of a layer.
@@ -40,6 +41,7 @@ class Layers(NamedTuple):
     """
 
     height: int
+    axes: Mapping[Any, int]
     gradients: Sequence[int]
     replaced: Sequence[int]
     equations: Sequence[_jaxprs.Equation]
@@ -154,10 +156,10 @@ class Update:
 
     # --- layers
 
-    def layers(self, group: Sequence[int], height: int) -> Layers:
+    def layers(self, group: Mapping[int, int], height: int) -> Layers:
         """Take out the part that a group of gradients enters, all of them stacks of that height.
 
-        Raises `NoMap` where it is no map over layers.
+        By number it gives the axis of their layers. Raises `NoMap` where that is no map over them.
         """
         jaxpr, chosen, exact = self._jaxpr, frozenset(group), self.depends()
         replaced = [
@@ -173,21 +175,23 @@ class Update:
         own = [frozenset([n]) for n in range(self._count)]
         none = [frozenset[int]()] * len(self._values)
         labels = _jaxprs.labels(jaxpr, [*own, *none], _jaxprs.whole_equations)
-        stacks = {v for v in jaxpr.invars if _jaxprs.shape(v)[:1] == (height,)}
+        axes: dict[Any, int] = {}
+        for i, axis in group.items():
+            axes[self._gradients[i]] = axes[self._values[i]] = axis
+        _jaxprs.spread([jaxpr.eqns[number] for number in numbers], height, axes)
+        for i, var in zip(replaced, outputs, strict=True):
+            if var in axes and axes.setdefault(self._values[i], axes[var]) != axes[var]:
+                raise NoMap("what moves the axis of the layers")
         equations: list[_jaxprs.Equation] = []
-        reads: dict[Any, bool] = {}  # whether layer by layer
+        reads: dict[Any, None] = {}
         for number in numbers:
             equation = jaxpr.eqns[number]
-            are_stacks = _jaxprs.mapped(equation, height, stacks)
-            if are_stacks is not None:
+            along = _jaxprs.mapped(equation, height, axes)
+            if along is not None:
                 equations.append(equation)
-                stacks.update(equation.outvars)
-                for var, is_stack in zip(equation.invars, are_stacks, strict=True):
-                    if (
-                        not isinstance(var, _jaxprs.Literal)
-                        and reads.setdefault(var, is_stack) != is_stack
-                    ):
-                        raise NoMap(_jaxprs.describe(equation))
+                reads.update((var, None) for var, _ in along if var not in equation.outvars)
+                if any(axes.get(var) != axis for var, axis in along):
+                    raise NoMap(_jaxprs.describe(equation))
             elif any(labels[var] & chosen for var in equation.outvars):
                 raise NoMap(_jaxprs.describe(equation))
         made = {var for equation in equations for var in equation.outvars}
@@ -200,9 +204,9 @@ class Update:
         self._done.update(
             n for n in numbers if jaxpr.eqns[n].effects and jaxpr.eqns[n] in equations
         )
-        sliced = [var for var in read if reads[var]]
-        whole = [var for var in read if not reads[var]]
-        return Layers(height, group, replaced, equations, sliced, whole)
+        sliced = [var for var in read if var in axes]
+        whole = [var for var in read if var not in axes]
+        return Layers(height, axes, [*group], replaced, equations, sliced, whole)
 
     def run_layers(
         self,
@@ -226,32 +230,43 @@ class Update:
         """
         self._compute([*layers.sliced, *layers.whole])
         sliced, whole = (_jaxprs.read(self._env, own) for own in (layers.sliced, layers.whole))
+        axes = layers.axes
         values = {i: self._inputs[self._values[i]] for i in layers.replaced}
         others = {i: self._inputs[self._values[i]] for i in layers.gradients if i not in values}
         outputs = [self._jaxpr.outvars[i] for i in layers.replaced]
+        axes_of_values = {i: axes[self._values[i]] for i in (*values, *others)}
+        frozen_axes = {i: axes_of_values.pop(i) for i in others}
+
+        def apply(equation: _jaxprs.Equation, operands: list[Any]) -> Sequence[Any]:
+            return _jaxprs.run_one_layer(equation, operands, axes[equation.outvars[0]])
 
         def body(index: jax.Array, own: dict[int, jax.Array], carry: Any) -> Any:
-            fixed, frozen = _stacks.take((sliced, others), index)
+            fixed = _stacks.take(sliced, index, [axes[var] for var in layers.sliced])
+            frozen = _stacks.take(others, index, frozen_axes)
             leaves = [own[i] if i in own else frozen[i] for i in layers.gradients]
 
             def function(gradients: list[jax.Array], own: dict[int, jax.Array]) -> Any:
                 # Gradients of other stacks play no part, though an equation may mention them.
                 env = {
-                    v: jnp.zeros(_jaxprs.shape(v)[1:], _jaxprs.dtype(v)) for v in self._gradients
+                    v: jnp.zeros(_jaxprs.layer_shape(v, axes[v]), _jaxprs.dtype(v))
+                    for v in self._gradients
+                    if v in axes
                 }
                 env.update(zip(layers.whole, whole, strict=True))
                 env.update(zip(layers.sliced, fixed, strict=True))
                 env.update((self._values[i], value) for i, value in own.items())
                 pairs = zip(layers.gradients, gradients, strict=True)
                 env.update((self._gradients[i], gradient) for i, gradient in pairs)
-                _jaxprs.advance(env, layers.equations, _jaxprs.run_one_layer)
+                _jaxprs.advance(env, layers.equations, apply)
                 return dict(zip(own, _jaxprs.read(env, outputs), strict=True))
 
             update = Update(function, leaves, own, self._runs)
             carry = give(index, update, leaves, carry)
             return update.results(), carry
 
-        return _stacks.over_layers(layers.height, body, values, carry, reverse=reverse)
+        return _stacks.over_layers(
+            layers.height, body, values, axes_of_values, carry, reverse=reverse
+        )
 
     # --- inside
 
