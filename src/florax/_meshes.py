@@ -59,6 +59,8 @@ def _reshard(array: jax.Array, along: Division) -> jax.Array:
 
 def move(array: jax.Array, mesh: Any, along: Division) -> jax.Array:
     """`array` in the same mesh with axes of other types, as `auto_axes` and `explicit_axes` do."""
+    if jax.typeof(array).sharding.mesh == mesh:
+        return array
     sharding = jax.sharding.NamedSharding(mesh, spec(along))
     with jax.sharding.use_abstract_mesh(mesh):
         moved: jax.Array = jax.sharding.reshard(array, sharding)  # type: ignore[no-untyped-call]

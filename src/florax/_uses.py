@@ -80,11 +80,12 @@ class Use:
             raise _views.Opaque("is of its square")
 
     def is_dense(self, view: _views.View) -> bool:
-        """Whether the cotangent of the result is as large as a compressed matrix in view."""
-        sizes = dict(zip(self.weight, view.shape, strict=True))
-        sides = set(self.kept(view) + self.of(view.columns)) - set(self.of(view.keys))
-        own = {k for k in sides if sizes[k] > 1}
-        return view.leaf.rank is not None and own <= set(self.output)
+        """Whether the cotangent of the result has all of a compressed matrix that is in view."""
+        long = {k for k, n in zip(self.weight, view.shape, strict=True) if n > 1}
+        rows = set(self.kept(view)) & long - set(self.of(view.keys))
+        columns = set(self.of(view.columns)) & long
+        is_matrix = view.leaf.rank is not None and rows and columns
+        return bool(is_matrix and rows | columns <= set(self.output))
 
     def of(self, part: _views.Part) -> str:
         """The letters of a part's axes."""

@@ -95,6 +95,8 @@ class Weight:
         """Repeated along axes of size 1, as an operation with a larger array does."""
         if self.shape == shape:
             return self
+        if len(self.shape) != len(shape):
+            raise _views.Opaque("takes a single entry")
         pieces = [p.broadcast(self.shape, shape, range(len(shape))) for p in self.pieces]
         array = jnp.broadcast_to(self.array, shape)
         root = None if self.root is None else jnp.broadcast_to(self.root, shape)
