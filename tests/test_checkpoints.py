@@ -69,7 +69,9 @@ def with_pickle(params, state, directory):
     return pickle.loads((directory / "step").read_bytes())
 
 
-@pytest.mark.parametrize("save_and_restore", [with_orbax, with_pickle])
+@pytest.mark.parametrize(
+    "save_and_restore", [with_orbax, pytest.param(with_pickle, marks=pytest.mark.slow)]
+)
 def test_training_goes_on_bit_for_bit_from_the_middle_of_a_cycle(tx, save_and_restore, tmp_path):
     middle = train(tx, PARAMS, tx.init(PARAMS), range(1, 6))  # κ = 2 and τ = 3 do not divide 5
     restored = save_and_restore(*middle, tmp_path)

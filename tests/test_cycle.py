@@ -94,7 +94,7 @@ def noted(opt, name, ordered=False):
     return optax.GradientTransformationExtraArgs(opt.init, update)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("ordered", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("layers", [False, True], ids=["leaves", "layers"])
 def test_effects_of_the_base_optimizer_happen_once_an_update(layers, ordered):
     """As in `tx.update`: once for the whole tree, or once for every layer and once for the rest."""

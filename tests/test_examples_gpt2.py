@@ -155,6 +155,7 @@ def test_one_row_alone_repeats_its_figures(comparison, small, tmp_path):
         assert first[name] == second[name], name
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint(small, tmp_path):
     process = script("--method", "none", "--output", tmp_path, "--updates", 10**6, *small)
     while "loss " not in (line := process.stderr.read(20)):

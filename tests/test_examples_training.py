@@ -94,7 +94,7 @@ class InterruptedAfter(training.Interruption):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "flora", "gradients": "dense"},
+        pytest.param({"method": "flora", "gradients": "dense"}, marks=pytest.mark.slow),
         pytest.param({"method": "lora"}, marks=pytest.mark.slow),
         pytest.param({"method": "flora"}, marks=pytest.mark.slow),
         pytest.param({"method": "none"}, marks=pytest.mark.slow),

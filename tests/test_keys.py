@@ -13,7 +13,7 @@ SHAPES = {"a": (6, 9), "b": (3, 6, 9), "c": (9, 12), "d": (6, 9), "e": (6, 9)}
 def leaves(projection):
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
     return _leaves.Plan(2, "smaller", projection, None)(
-        params, stacks=(_dimensions.names(params)[1],)
+        params, stacks={_dimensions.names(params)[1]: 0}
     )
 
 

@@ -113,7 +113,7 @@ def assert_same(got, expected):
         np.testing.assert_allclose(np.float64(new), np.float64(old), **near)
 
 
-@hypothesis.settings(max_examples=2, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=1, deadline=None, derandomize=True)
 @hypothesis.given(
     st.sampled_from(sorted(LEAF_WISE)), st.sampled_from(sorted(AROUND)), st.integers(0, 9)
 )
@@ -174,7 +174,7 @@ OUTSIDE = {
 }
 
 
-@hypothesis.settings(max_examples=2, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=1, deadline=None, derandomize=True)
 @hypothesis.given(
     st.sampled_from(sorted(LEAF_WISE)),
     st.sampled_from(sorted(ACCUMULATED)),
@@ -266,7 +266,6 @@ USES = [
 ]
 BY_DAY = {
     ("factors_along_one_side", "adam"),
-    ("concatenated_and_padded", "adafactor"),
     ("parts_of_stacks", "sgd"),
 }
 

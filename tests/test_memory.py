@@ -61,7 +61,7 @@ MEMORY_BASES = {
 @pytest.mark.parametrize(
     "base",
     [
-        pytest.param(base, id=name, marks=pytest.mark.slow if name == "flora" else ())
+        pytest.param(base, id=name, marks=() if name == "adam" else pytest.mark.slow)
         for name, base in MEMORY_BASES.items()
     ],
 )

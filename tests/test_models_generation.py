@@ -139,6 +139,7 @@ def check_all_texts(model, texts, log_probs, eos, length_penalty):
     assert (tokens[:, found:] == PAD).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_model", [Recurrent, gpt2, stacked_gpt2])
 def test_as_many_beams_as_there_are_texts_find_all_in_order(make_model):
     model = make_model()

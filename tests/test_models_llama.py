@@ -350,6 +350,7 @@ def test_token_by_token_with_a_cache_is_all_at_once(model, ids, stacked):
         np.testing.assert_allclose(logits[:, 0], expected[:, t], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_stacked_and_checkpointed_models_have_the_same_values_and_gradients(model, ids):
     def values_and_gradients(stacked, checkpoint):
         other = nnx.eval_shape(lambda: Llama(TINY, rngs=nnx.Rngs(0), checkpoint=checkpoint))

@@ -392,6 +392,7 @@ def loss_and_gradients(model, batch):
     return nnx.value_and_grad(loss_of)(model, batch)
 
 
+@pytest.mark.slow
 def test_stacked_checkpointed_blocks_have_the_same_loss_and_gradients(model, batch):
     expected_loss, expected_gradients = apply(loss_and_gradients, model, batch)
     other = variant(model, stacked=True, checkpoint=True)
@@ -593,6 +594,7 @@ def test_greedy_writes_what_transformers_does(reference):
 
 
 @needs_reference
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("early_stopping", "names"),
     [

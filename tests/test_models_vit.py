@@ -190,6 +190,7 @@ def test_names_must_be_as_many_as_labels():
 # The forms of the model.
 
 
+@pytest.mark.slow
 def test_stacked_or_checkpointed_layers_have_the_same_values_and_gradients(model, pixels):
     @nnx.jit
     def loss_and_gradient(model):

@@ -161,9 +161,9 @@ def nnx_dropout_and_batch_norm(nnx):
 NNX = [
     pytest.param(nnx_linear, marks=pytest.mark.slow),
     pytest.param(nnx_bfloat16, marks=pytest.mark.slow),
-    nnx_linear_general,
+    pytest.param(nnx_linear_general, marks=pytest.mark.slow),
     nnx_attention,
-    nnx_convolution,
+    pytest.param(nnx_convolution, marks=pytest.mark.slow),
     nnx_tied_head,
     pytest.param(nnx_scan, marks=pytest.mark.slow),
     nnx_scan_of_remat,

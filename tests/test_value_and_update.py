@@ -95,7 +95,7 @@ BASES = {
 }
 
 
-SLOW_BASES = {"sgd", "adam", "flora", "per layer: adam"}
+SLOW_BASES = {"sgd", "adam", "flora", "per layer: adam", "per layer: adafactor"}
 
 
 @pytest.mark.parametrize(

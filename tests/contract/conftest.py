@@ -72,7 +72,7 @@ def quickly(compile_quickly):
 # What is much like another one runs by night.
 SLOW = {
     *("accumulate_adafactor", "accumulate_sgd_sum", "masked", "momentum"),
-    *("per_layer_accumulate", "per_layer_adam"),
+    *("per_layer_accumulate", "per_layer_adam", "flora", "accumulate_adam_cosine"),
 }
 
 

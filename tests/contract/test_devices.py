@@ -97,7 +97,10 @@ def test_devices_can_accumulate_on_their_own_and_share_only_sketches(params, gra
     chex.assert_trees_all_close(state, expected_state, **CLOSE)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "axis_type",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.slow, id="auto"), AxisType.Explicit],
+)
 def test_divided_parameters_are_updated_as_whole_ones_are(tx, run, params, gradients, axis_type):
     mesh, specs = make_mesh(axis_type), DIVISIONS["rows_and_columns"]
     with jax.set_mesh(mesh):
