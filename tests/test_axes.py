@@ -135,7 +135,7 @@ def test_at_once_and_layer_by_layer_it_is_the_training_of_stacks_along_the_first
     chex.assert_trees_all_close((values, moved(params, 0, -1)), expected[:2], **CLOSE)
 
 
-@all_bases("adam")
+@all_bases(None)
 def test_all_ways_to_accumulate_are_those_of_stacks_along_the_first_axis(base):
     def accumulated(axis):
         opt = florax.per_layer(BASES[base], STACKED, axis)

@@ -276,6 +276,7 @@ def test_decoding_of_stacked_blocks_is_one_scan_over_weights_and_caches(model):
     assert len(layered) == 12 + 2
 
 
+@pytest.mark.slow
 def test_stacked_and_checkpointed_models_have_the_same_values_and_gradients(model, ids):
     def values_and_gradients(stacked, checkpoint):
         graphdef, params = nnx.split(in_form(model, stacked, checkpoint=checkpoint))

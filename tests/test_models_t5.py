@@ -430,6 +430,7 @@ def test_checkpointing_keeps_only_what_enters_the_blocks(model, batch, stacked):
     assert {(2, 7, TINY.d_model), (2, 5, TINY.d_model)} <= kept(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "options"),
     [(TINY, {"dtype": jnp.bfloat16}), (GATED, {"param_dtype": jnp.bfloat16})],

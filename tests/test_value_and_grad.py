@@ -26,22 +26,16 @@ def some(names, slow):
 
 
 BY_DAY = {
-    "a_checkpoint_that_returns_its_weights",
     "a_conditional",
     "a_scan_of_a_checkpoint",
-    "a_scan_over_the_second_of_two_stacks",
-    "a_tied_weight",
     "bfloat16_activations_of_float32_weights",
     "concatenated_and_padded",
     "convolutions_of_every_kind",
     "factors_before_other_operations",
-    "layers_taken_in_a_loop",
     "lookups_of_every_kind",
     "normalized_weights",
     "opaque_uses",
     "parts_of_stacks",
-    "rows_in_groups",
-    "stacks_one_behind_the_other",
     "what_the_loss_does_not_depend_on",
 }
 SLOW_CASES = losses.CASES.keys() - BY_DAY
@@ -249,7 +243,13 @@ WRAPPED = {
 }
 
 
-SLOW_WRAPPERS = {"chain in a chain", "with_extra_args_support", "chain that begins with momentum"}
+SLOW_WRAPPERS = {
+    "chain in a chain",
+    "with_extra_args_support",
+    "chain that begins with momentum",
+    "named_chain",
+    "masked",
+}
 
 
 @pytest.mark.parametrize("name", some(WRAPPED, SLOW_WRAPPERS))

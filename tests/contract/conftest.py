@@ -73,6 +73,7 @@ def quickly(compile_quickly):
 SLOW = {
     *("accumulate_adafactor", "accumulate_sgd_sum", "masked", "momentum"),
     *("per_layer_accumulate", "per_layer_adam", "flora", "accumulate_adam_cosine"),
+    "accumulate_adafactor_momentum",
 }
 
 
