@@ -203,14 +203,14 @@ def used(program, hows):
     return found
 
 
-def check(program):
+def check(program, place=lambda tree: tree):
     def loss(params, x):
         return losses.size(run(program, params, x))
 
     dense = {f"['{name}']": "" for name in used(program, OPAQUE)}
     narrow = "half" in used(program, PRODUCTS + OPAQUE) or used(program, (product_in_bfloat16,))
     eps = float(jnp.finfo(jnp.bfloat16 if narrow else jnp.float32).eps)
-    case = Case(loss, PARAMS, (losses.tokens(),), dense, AXES, eps)
+    case = Case(loss, place(PARAMS), place((losses.tokens(),)), dense, AXES, eps)
     losses.check(case, exact=False)
 
 
@@ -236,3 +236,11 @@ def test_of_random_programs(program):
 @hypothesis.given(programs(3, hows=PRODUCTS + OPAQUE))
 def test_of_many_random_programs(program):
     check(program)
+
+
+@pytest.mark.slow
+@settings(40)
+@hypothesis.given(programs(2, hows=PRODUCTS + OPAQUE))
+def test_of_random_programs_on_a_mesh_with_explicit_axes(program):
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Explicit,))):
+        check(program, lambda tree: jax.device_put(tree, jax.P()))
