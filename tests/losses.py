@@ -710,8 +710,9 @@ def lookups_of_every_kind() -> Case:
         tables = jax.vmap(lambda table, ids: table[ids % 7])(params["tables"], ids)
         scaled = (params["embed"] * jnp.sqrt(5.0))[jnp.abs(ids)]
         expert = params["tables"][ids % 2]
+        padded = jnp.pad(params["embed"], ((3, 2), (0, 0)))[ids % (vocabulary + 5)]
         total = size(mapped) + size(clipped) + size(columns) + size(tables) + size(scaled)
-        return total + size(jnp.tanh(expert)) + size(x @ params["wide"])
+        return total + size(padded) + size(jnp.tanh(expert)) + size(x @ params["wide"])
 
     params = {
         "embed": normal(vocabulary, WIDTH),
