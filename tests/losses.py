@@ -959,7 +959,8 @@ def check(case: Case, tx: Any = None, exact: bool = True) -> None:
     # What the loss itself makes, such as a weight times a factor, is no gradient; nor is a weight
     # that is repeated for factors of examples. A checkpoint makes both again.
     forward = jax.make_jaxpr(case.loss)(case.params, *case.batch).jaxpr
-    own = {*gradients_of_full_size(forward, sketched), "broadcast_in_dim"}
+    # What a loop collects is made, and looked at, inside of it.
+    own = {*gradients_of_full_size(forward, sketched), "broadcast_in_dim", "scan"}
     found -= own - {"dot_general", "add_any"}
     # What the backward pass of a branch needs, be it a form of a weight, is handed on by all of
     # them, as zeros by the others, and a loop around them keeps it: so in the dense program, too.
