@@ -34,6 +34,7 @@ class Case(NamedTuple):
       axes: by name, how a parameter is seen; for others: three axes are a stack.
       eps: of the narrowest type in which a gradient is computed.
       exact: whether dense gradients are computed by the same operations in the same order.
+      terms: of the sums over what the weights meet: tokens, or positions.
     """
 
     loss: Callable[..., Any]
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     axes: Mapping[str, Axes] = {}
     eps: float = float(jnp.finfo(jnp.float32).eps)
     exact: bool = True
+    terms: int = TOKENS
 
     def transformation(self, **arguments: Any) -> optax.GradientTransformationExtraArgs:
         return florax.flora_accumulate(
@@ -825,15 +827,47 @@ def convolutions_of_every_kind() -> Case:
 
 
 @case
+def convolutions_with_factors() -> Case:
+    """Parameters of their own, along the features of the result, of the input, and the window."""
+
+    def loss(params, x):
+        x = jnp.tanh(x.reshape(2, 5, 6, 3))
+        y = [
+            jax.lax.conv_general_dilated(
+                x,
+                params["kernel"] * params[name].reshape(shape),
+                (1, 1),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            for name, shape in (("out", (19,)), ("in", (3, 1)), ("window", (2, 1, 1, 1)))
+        ]
+        return sum(size(jnp.tanh(own)) for own in y)
+
+    vectors = {"out": normal(19), "in": normal(3), "window": normal(2)}
+    params = {"kernel": normal(2, 3, 3, 19), **vectors}
+    images = jnp.asarray(np.random.default_rng(7).normal(size=(2, 5 * 6 * 3)), jnp.float32)
+    return Case(
+        loss,
+        params,
+        (images,),
+        {"['kernel']": "conv_general_dilated"},
+        {"kernel": Axes((0, 1, 2), 3)},
+        exact=False,
+        terms=2 * 5 * 6,
+    )
+
+
+@case
 def rows_in_groups() -> Case:
     """Each times the matrix of its expert."""
 
     def loss(params, x):
         sizes = jnp.array([2, 0, 3])
-        h = jax.lax.ragged_dot(x, params["up"], sizes)
+        h = jax.lax.ragged_dot(x, 0.5 * params["up"] * params["scale"], sizes)
         return size(jax.lax.ragged_dot(jnp.tanh(h), params["down"], sizes))
 
-    return Case(loss, stacks(LAYERS), (tokens(),))
+    return Case(loss, {**stacks(LAYERS), "scale": normal(INNER)}, (tokens(),), exact=False)
 
 
 # --- uses whose own gradients are dense for a moment
@@ -933,7 +967,7 @@ def check(case: Case, tx: Any = None, exact: bool = True) -> None:
     @jax.jit
     def both(params: Any, state: Any, drawn: list[jax.Array | None], *batch: Any) -> Any:
         value, dense = jax.value_and_grad(case.loss)(params, *batch)
-        return born(params, state, *batch), (value, compressed(dense, state, drawn))
+        return born(params, state, *batch), (value, compressed(dense, state, drawn, case.terms))
 
     arguments = (case.params, state, projections(state), *case.batch)
     (value, gradients), (expected, wanted) = both(*arguments)
@@ -990,18 +1024,20 @@ def projections(state: Any) -> list[jax.Array | None]:
     return [drawn.get(leaf.path) for leaf in state.sketch.plan]
 
 
-def compressed(dense: Any, state: Any, drawn: list[jax.Array | None]) -> list[Wanted]:
+def compressed(
+    dense: Any, state: Any, drawn: list[jax.Array | None], count: int = TOKENS
+) -> list[Wanted]:
     """What `value_and_grad` should return, leaf by leaf in their order."""
     wanted = []
     for leaf, gradient, a in zip(state.sketch.plan, jax.tree.leaves(dense), drawn, strict=True):
         wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
         length = jnp.linalg.norm(wide.reshape(-1))
         if a is None:
-            wanted.append(Wanted(gradient, None, length, TOKENS))
+            wanted.append(Wanted(gradient, None, length, count))
             continue
         matrices = a.reshape(*leaf.stack_shape, leaf.rank, -1)
         longest = jnp.max(jnp.linalg.norm(matrices, axis=(-2, -1)))
-        terms = TOKENS + matrices.shape[-1]
+        terms = count + matrices.shape[-1]
         wanted.append(Wanted(gradient, leaf.compress(wide, a), length * longest, terms))
     return wanted
 

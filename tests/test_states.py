@@ -467,7 +467,7 @@ def test_a_16_bit_sketch_is_differentiated_as_a_cast_is():
 
 
 @pytest.mark.parametrize("tx", [momentum(), accumulate(optax.sgd(0.1))], ids=["momentum", "sgd"])
-def test_init_sends_nothing_to_the_device(tx):
+def test_init_works_where_transfers_are_disallowed(tx):
     params = jax.tree.map(jnp.asarray, SMALL)
     with jax.transfer_guard("disallow"):
         state = tx.init(params)

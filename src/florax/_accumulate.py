@@ -150,7 +150,8 @@ class _Accumulation:
         return ("flora_accumulate", kept, *self.plan.said)
 
     def init(self, params: optax.Params) -> FloraAccumulateState:
-        mini_step, updated = jax.jit(lambda: (jnp.int32(0), jnp.bool_(False)))()
+        with _sketches.sending():
+            mini_step, updated = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.bool_)
         inner = self.opt.init(params)
         if _sketches.is_stand_in(params):
             sketch = cast(_sketches.Sketches, mini_step)

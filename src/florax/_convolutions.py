@@ -96,7 +96,7 @@ class Convolution(_TwoSided):
         if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
             raise _views.Opaque("has groups")
         numbers, weight = params["dimension_numbers"], _terms.letters(ndim)
-        places = [chr(ord("A") + axis) for axis in range(2 * ndim)]
+        places = _terms.others(2 * ndim)
         other, output = [""] * ndim, [""] * ndim
         feature, depth = (weight[axis] for axis in numbers.rhs_spec[:2])
         for axis, letter in zip(numbers.lhs_spec, ("A", depth, *places[1:]), strict=False):
@@ -131,8 +131,6 @@ class Ragged(_TwoSided):
         super().check(piece, shape)
         if piece.view.leaf.rank is not None and self.of(piece.view.keys) != "a":
             raise _views.Opaque("has groups that are no batch axis")
-        if piece.view.scales:
-            raise _views.Opaque("is of its product with a factor")
 
     def cut(self, piece: _views.Piece, other: Any, bounds: dict[str, tuple[int, int]]) -> Any:
         return other

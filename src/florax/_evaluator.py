@@ -9,7 +9,7 @@ a moment, is compressed on the spot; `notes` says which those are.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -77,14 +77,18 @@ class Evaluator:
             reason = f", which {opaque}"
         return _jaxprs.run(equation, self.plain(values, self.where(equation) + reason))
 
-    def plain(self, values: Sequence[Any], reason: str) -> list[Any]:
-        """The values as arrays; those of weights have cotangents, for that reason."""
+    def plain(
+        self, values: Sequence[Any], reason: str, wanted: Iterable[bool] = itertools.repeat(True)
+    ) -> list[Any]:
+        """The values as arrays; those of weights that are wanted have cotangents, for a reason."""
         return [
-            self.dense(value, reason) if isinstance(value, _weights.Weight) else value
-            for value in values
+            self._dense(value, reason)
+            if isinstance(value, _weights.Weight) and is_wanted
+            else _weights.arrays([value])[0]
+            for value, is_wanted in zip(values, wanted, strict=False)
         ]
 
-    def dense(self, weight: _weights.Weight, reason: str) -> jax.Array:
+    def _dense(self, weight: _weights.Weight, reason: str) -> jax.Array:
         """A weight as an array, whose cotangent is compressed."""
         whole = _products.Product.sum(weight.array.ndim, ())
         return self.record(weight, whole, weight.array, None, reason)
@@ -138,7 +142,7 @@ def _jit(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[A
     params, (jaxpr, consts) = equation.params, _jaxprs.inner(equation)
     if any(layout is not None for layout in _jaxprs.layouts(equation)):
         raise _views.Opaque("fixes layouts")
-    results = ev.chosen(equation.outvars)
+    sources, results = _jaxprs.forwarded(jaxpr), ev.chosen(equation.outvars)
     key = (jaxpr, results, params.get("in_shardings"), params.get("out_shardings"))
     if key not in ev.found.calls:
 
@@ -151,7 +155,6 @@ def _jit(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[A
 
         body.__name__ = str(params.get("name", "call"))
         ev.found.calls[key] = jax.jit(body)
-    sources = _jaxprs.forwarded(jaxpr)
     with _meshes.entered(params.get("ctx_mesh")):
         computed, totals = ev.found.calls[key](ev.inside(values), values)
     ev.totals.update(totals)
@@ -204,18 +207,10 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
     wanted = _jaxprs.wanted_of_body(equation, ev.chosen(equation.outvars))
     where = ev.where(equation)
 
-    def plain(values: list[Any], own: Evaluator, reason: str, variables: Sequence[Any]) -> Any:
-        """Weights as arrays; without cotangents where nobody wants them."""
-        pairs = zip(values, variables, strict=True)
-        return [
-            own.plain([v], reason)[0] if is_wanted else _weights.arrays([v])[0]
-            for v, is_wanted in pairs
-        ]
-
     # What the loop carries unchanged is a constant of it; what else it carries is computed.
     constant = [sources[i] == first + i for i in range(len(parts.carry))]
     start = [
-        value if stays else plain([value], ev, f"{where}, which changes it", [own])[0]
+        value if stays else ev.plain([value], f"{where}, which changes it", [own])[0]
         for value, stays, own in zip(parts.carry, constant, wanted, strict=False)
     ]
     stacks = [
@@ -257,14 +252,11 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
             for stack, own in zip(stacks, slices, strict=True)
         ]
         results = inner.run(parts.body, parts.body_consts, *parts.consts, *carried, *sliced)
-        reason = f"{where}, which returns it"
-        passed = [*constant, *(source is not None for source in through)]
-        computed = [not stays for stays in passed]
-        new = plain(
+        computed = [not stays for stays in constant] + [source is None for source in through]
+        new = inner.plain(
             list(itertools.compress(results, computed)),
-            inner,
-            reason,
-            list(itertools.compress(wanted, computed)),
+            f"{where}, which returns it",
+            itertools.compress(wanted, computed),
         )
         return (new[: len(moving)], inner.totals), new[len(moving) :]
 
@@ -298,7 +290,8 @@ def _cond(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
         def body(totals: dict[int, jax.Array], operands: list[Any]) -> Any:
             inner = ev.entered(equation, jaxpr, results, totals)
             values = inner.run(jaxpr, consts, *operands)
-            return inner.plain(values, f"{ev.where(equation)}, which returns it"), inner.totals
+            reason = f"{ev.where(equation)}, which returns it"
+            return inner.plain(values, reason, results), inner.totals
 
         return body
 
@@ -313,7 +306,7 @@ def _cond(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
 
 def _dot_general(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[Any]:
     left, right = _weights.arrays(values)
-    for _own, other in ((left, right), (right, left)):
+    for other in (left, right):
         if not jnp.issubdtype(other.dtype, jnp.floating):
             raise _views.Opaque(f"multiplies it with {other.dtype}")
     uses = []

@@ -31,7 +31,7 @@ class Lookup(_uses.Use):
         Axes of the indices that are mapped along with axes of the array have these' letters.
         """
         numbers, weight = params["dimension_numbers"], _terms.letters(len(shape))
-        indices = [chr(ord("A") + axis) for axis in range(indices_ndim - 1)]
+        indices = _terms.others(indices_ndim - 1)
         mapped = tuple(numbers.operand_batching_dims)
         for mine, yours in zip(mapped, numbers.start_indices_batching_dims, strict=True):
             indices[yours] = weight[mine]
@@ -53,8 +53,6 @@ class Lookup(_uses.Use):
         super().check(piece, shape)
         if piece.view.is_square:
             raise _views.Opaque("is of its square")
-        if any(self.axis in self.of(part) for part in piece.view.scales):
-            raise _views.Opaque("indexes the axis of a factor")
 
     def apply(self, array: jax.Array, other: Any) -> jax.Array:
         taken = self._taken(_terms.Term(self.weight, array), other)
@@ -100,15 +98,12 @@ class Lookup(_uses.Use):
         view: _views.View,
         total: jax.Array,
         sketch: _terms.Term,
-        late: list[_terms.Term],
         other: Any,
         source: _uses.Source,
     ) -> jax.Array:
         kept = self.kept(view)
         if self.axis not in kept:
-            return super().add_sketch(view, total, sketch, late, other, source)
-        for scale in late:
-            sketch = sketch.times(scale)
+            return super().add_sketch(view, total, sketch, other, source)
         lead, position = len(self.other), kept.index(self.axis)
         mapped = [k for k in kept if k in self.other]
         numbers = jax.lax.ScatterDimensionNumbers(

@@ -115,7 +115,8 @@ def flora_momentum(
         )
 
     def init_fn(params: optax.Params) -> FloraMomentumState:
-        count = jax.jit(lambda: jnp.int32(0))()
+        with _sketches.sending():
+            count = jnp.zeros([], jnp.int32)
         if _sketches.is_stand_in(params):
             return FloraMomentumState(count, cast(_sketches.Sketches, count))
         dtype = accumulator_dtype

@@ -32,7 +32,7 @@ class Product(_uses.Use):
             contract, contract_other = contract_left, contract_right
             batch, batch_other = batch_left, batch_right
         weight = _terms.letters(ndim)
-        other = [chr(ord("A") + axis) for axis in range(other_ndim)]
+        other = _terms.others(other_ndim)
         for mine, yours in zip((*contract, *batch), (*contract_other, *batch_other), strict=True):
             other[yours] = weight[mine]
         free = [weight[i] for i in range(ndim) if i not in (*contract, *batch)]
@@ -55,6 +55,9 @@ class Product(_uses.Use):
             *([] if other is None else [_terms.Term(self.other, other)]),
         ]
         return _terms.einsum(terms, self.output, _terms.wide(array.dtype), self.precision).array
+
+    def has_gradient(self, letters: str) -> bool:
+        return not self.other or set(letters) <= set(self.other) or super().has_gradient(letters)
 
     def _d_scale(
         self, letters: str, dy: _terms.Term, other: Any, array: _terms.Term

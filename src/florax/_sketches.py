@@ -1,5 +1,6 @@
 """A FLORA state: the sketches of all leaves, and with them all that reading them needs."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -109,15 +110,11 @@ class Sketches:
         """Of zero, for planned `params`; `dtype` gives the state's dtype for a parameter's."""
         register_with_flax(cls, ("arrays", "words", "key", "cycle", "digest"))
         flat = jax.tree.leaves(params)
-
-        @jax.jit  # in a program of its own: nothing is sent to the device for it
-        def fields() -> tuple[list[jax.Array], Any]:
+        with sending():
             zeros = [leaf.zeros(x, dtype(leaf.dtype)) for leaf, x in zip(plan, flat, strict=True)]
             words = {leaf.path: jnp.array(_keys.words(leaf.path)) for leaf in plan if leaf.rank}
-            cycle, digest = jnp.zeros([], jnp.int32), jnp.array(_digest(plan, settings))
-            return zeros, (words, _keys.base_key(key), cycle, digest)
-
-        zeros, (words, base, cycle, digest) = fields()
+            digest, cycle = jnp.array(_digest(plan, settings)), jnp.zeros([], jnp.int32)
+            base = _keys.base_key(key)
         arrays = _boxes.fill(params, zeros, [leaf.kept_axes for leaf in plan])
         return cls(arrays, words, base, cycle, digest, plan, settings)
 
@@ -305,6 +302,12 @@ def _digest(plan: Sequence[_leaves.Leaf], settings: tuple[Any, ...]) -> np.ndarr
     for leaf in plan:
         digest = digest + _keys.words(leaf.geometry)
     return digest
+
+
+def sending() -> contextlib.AbstractContextManager[None]:
+    """Under a `jax.transfer_guard` too: the few numbers of a new state are meant to be sent."""
+    allowed: contextlib.AbstractContextManager[None] = jax.transfer_guard_host_to_device("allow")
+    return allowed
 
 
 def is_sketch(node: Any) -> bool:

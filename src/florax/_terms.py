@@ -1,6 +1,5 @@
 """Arrays whose axes have names, letters as in an einsum, and sums of their products."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +15,8 @@ def letters(ndim: int) -> str:
     return "".join(chr(ord("a") + axis) for axis in range(ndim))
 
 
-def places(ndim: int) -> list[str]:
-    """Letters of other axes."""
+def others(ndim: int) -> list[str]:
+    """Of the axes of another array."""
     return [chr(ord("A") + axis) for axis in range(ndim)]
 
 
@@ -26,12 +25,6 @@ class Term(NamedTuple):
 
     letters: str
     array: jax.Array
-
-    def size(self, letters: str) -> int:
-        """How many entries these axes have."""
-        return math.prod(
-            n for n, letter in zip(self.array.shape, self.letters, strict=True) if letter in letters
-        )
 
     def times(self, factor: "Term") -> "Term":
         """Times a factor along some of its axes."""

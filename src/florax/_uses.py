@@ -9,6 +9,7 @@ fewer operations than the gradient, and no array of the weight's size. A use tha
 one with nothing, of W itself: the cotangent of that use exists, and is compressed on the spot.
 """
 
+import abc
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ class Operands(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
+class Use(abc.ABC):
     """A way to use an array of weights; static.
 
     Attributes:
@@ -62,22 +63,28 @@ class Use:
     other: str
     output: str
 
+    @abc.abstractmethod
     def apply(self, array: jax.Array, other: Any) -> jax.Array:
         """The result with another array in the place of the weight."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sketch(
         self, view: _views.View, d_output: _terms.Term, other: Any, a: _terms.Term | None
     ) -> _terms.Term:
         """The sketch of what is in view; without projections, its gradient."""
-        raise NotImplementedError
 
     def check(self, piece: _views.Piece, shape: tuple[int, ...]) -> None:
         """Raise `Opaque` if a piece of an array of that shape cannot be followed into the use."""
         for part in piece.view.scales:
             self._place(piece.view, part)
+            if not self.has_gradient(self.of(part)):
+                raise _views.Opaque("is of its product with a factor along another axis")
         if piece.view.is_square and self.other:
             raise _views.Opaque("is of its square")
+
+    def has_gradient(self, letters: str) -> bool:
+        """Whether `_d_scale` can give that of a factor along these axes."""
+        return set(letters) <= set(self.output)
 
     def is_dense(self, view: _views.View) -> bool:
         """Whether the cotangent of the result has all of a compressed matrix that is in view."""
@@ -124,8 +131,8 @@ class Use:
                     d_scales[number], source.positions, functools.partial(_replaced, new=d_scale)
                 )
 
-        late = []
-        if view.is_square:  # its derivative is 2 W
+        late = []  # factors of the sketch
+        if view.is_square:  # the derivative is 2 W
             other, late = root, [_terms.Term("", jnp.float32(2))]
         a = None
         if view.leaf.rank is not None:
@@ -141,21 +148,15 @@ class Use:
                 dy = dy.times(scale)
             else:
                 other = _terms.Term(self.other, other).times(scale).array
-        total = self.add_sketch(view, total, self.sketch(view, dy, other, a), late, other, source)
-        return total, tuple(d_scales)
-
-    def add_sketch(
-        self,
-        view: _views.View,
-        total: jax.Array,
-        sketch: _terms.Term,
-        late: list[_terms.Term],
-        other: Any,
-        source: Source,
-    ) -> jax.Array:
-        """Add to the total what `sketch` gave, times factors."""
+        sketch = self.sketch(view, dy, other, a)
         for scale in late:
             sketch = sketch.times(scale)
+        return self.add_sketch(view, total, sketch, other, source), tuple(d_scales)
+
+    def add_sketch(
+        self, view: _views.View, total: jax.Array, sketch: _terms.Term, other: Any, source: Source
+    ) -> jax.Array:
+        """Add to the total what `sketch` gave."""
         return view.add(total, _meshes.summed_to(sketch.array, total), source.positions)
 
     def _place(self, view: _views.View, part: _views.Part) -> str:
@@ -185,9 +186,7 @@ class Use:
             array, own_dy, own_other = _terms.Term(self.weight, root), dy, other
             if piece.view.is_square:
                 array = array.times(array)
-            for scale in (s for n, s in enumerate(scales) if n not in range(piece.baked)):
-                if scale is scales[number]:
-                    continue
+            for scale in (*scales[piece.baked : number], *scales[number + 1 :]):
                 if set(scale.letters) <= set(self.output):
                     own_dy = own_dy.times(scale)
                 elif set(scale.letters) <= set(self.other):
