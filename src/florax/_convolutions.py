@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from florax import _terms, _uses, _views
+from florax import _pieces, _terms, _uses, _views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _TwoSided(_uses.Use):
 
     feature: str
 
-    def check(self, piece: _views.Piece, shape: tuple[int, ...]) -> None:
+    def check(self, piece: _pieces.Piece, shape: tuple[int, ...]) -> None:
         super().check(piece, shape)
         view, columns = piece.view, set(self.of(piece.view.columns))
         sizes = dict(zip(self.weight, view.shape, strict=True))
@@ -127,12 +127,12 @@ class Ragged(_TwoSided):
             raise _views.Opaque("is no plain ragged_dot")
         return cls("abc", "Ab", "Ac", "c")
 
-    def check(self, piece: _views.Piece, shape: tuple[int, ...]) -> None:
+    def check(self, piece: _pieces.Piece, shape: tuple[int, ...]) -> None:
         super().check(piece, shape)
         if piece.view.leaf.rank is not None and self.of(piece.view.keys) != "a":
             raise _views.Opaque("has groups that are no batch axis")
 
-    def cut(self, piece: _views.Piece, other: Any, bounds: dict[str, tuple[int, int]]) -> Any:
+    def cut(self, piece: _pieces.Piece, other: Any, bounds: dict[str, tuple[int, int]]) -> Any:
         return other
 
     def apply(self, array: jax.Array, other: Any) -> jax.Array:

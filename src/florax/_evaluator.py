@@ -18,6 +18,7 @@ import numpy as np
 
 from florax import (
     _convolutions,
+    _dependencies,
     _jaxprs,
     _lookups,
     _meshes,
@@ -125,7 +126,7 @@ class Evaluator:
         totals: dict[int, jax.Array],
     ) -> "Evaluator":
         """For an inner program, of which some results are wanted."""
-        wanted = _jaxprs.wanted(jaxpr, tuple(results))
+        wanted = _dependencies.wanted(jaxpr, tuple(results))
         line = _jaxprs.line(equation) or self.line
         return Evaluator(dict(totals), wanted, self.found, line)
 
@@ -142,7 +143,7 @@ def _jit(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[A
     params, (jaxpr, consts) = equation.params, _jaxprs.inner(equation)
     if any(layout is not None for layout in _jaxprs.layouts(equation)):
         raise _views.Opaque("fixes layouts")
-    sources, results = _jaxprs.forwarded(jaxpr), ev.chosen(equation.outvars)
+    sources, results = _dependencies.forwarded(jaxpr), ev.chosen(equation.outvars)
     key = (jaxpr, results, params.get("in_shardings"), params.get("out_shardings"))
     if key not in ev.found.calls:
 
@@ -187,7 +188,7 @@ def _checkpoint(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) ->
     if params["differentiated"]:
         raise _views.Opaque("is a gradient already")
     jaxpr, consts = _jaxprs.inner(equation)
-    sources, results = _jaxprs.forwarded(jaxpr), ev.chosen(equation.outvars)
+    sources, results = _dependencies.forwarded(jaxpr), ev.chosen(equation.outvars)
 
     @functools.partial(jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"])
     def body(totals: dict[int, jax.Array], values: list[Any]) -> Any:
@@ -203,8 +204,8 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
     params = equation.params
     parts = _jaxprs.scan(equation, values)
     first, last = len(parts.consts), len(parts.consts) + len(parts.carry)
-    sources = _jaxprs.forwarded(parts.body)
-    wanted = _jaxprs.wanted_of_body(equation, ev.chosen(equation.outvars))
+    sources = _dependencies.forwarded(parts.body)
+    wanted = _dependencies.wanted_of_body(equation, ev.chosen(equation.outvars))
     where = ev.where(equation)
 
     # What the loop carries unchanged is a constant of it; what else it carries is computed.

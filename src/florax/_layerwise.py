@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _jaxprs, _segments, _stacks, _updates, _value_and_grad
+from florax import _dependencies, _jaxprs, _segments, _stacks, _updates, _value_and_grad
 
 
 def step(
@@ -198,7 +198,7 @@ class _Step:
         values = (*program.traced.consts, *self.leaves)
         self.env: dict[Any, Any] = dict(zip(variables, values, strict=True))
         labels = [frozenset([number]) for number in range(len(self.leaves))]
-        found = _jaxprs.labels(self.jaxpr, labels, _passes_on)
+        found = _dependencies.labels(self.jaxpr, labels, _passes_on)
         self.active = {var for var, depends_on in found.items() if depends_on}
         self.segments: list[_segments.Segment] = []
 

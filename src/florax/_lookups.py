@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from florax import _meshes, _terms, _uses, _views
+from florax import _meshes, _pieces, _terms, _uses, _views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Lookup(_uses.Use):
             weight, "".join(indices), "".join(output), weight[axes[0]], shape[axes[0]], clips
         )
 
-    def check(self, piece: _views.Piece, shape: tuple[int, ...]) -> None:
+    def check(self, piece: _pieces.Piece, shape: tuple[int, ...]) -> None:
         super().check(piece, shape)
         if piece.view.is_square:
             raise _views.Opaque("is of its square")
@@ -71,7 +71,7 @@ class Lookup(_uses.Use):
         letters = both + rest.replace(self.axis, new)
         return _terms.Term(letters, take(array, indices.transpose(order)))
 
-    def cut(self, piece: _views.Piece, other: Any, bounds: dict[str, tuple[int, int]]) -> Any:
+    def cut(self, piece: _pieces.Piece, other: Any, bounds: dict[str, tuple[int, int]]) -> Any:
         first, last = bounds[self.axis]
         if self.clips:
             other = jnp.clip(other, 0, self.size - 1)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from florax import _jaxprs, _meshes, _stacks, _updates
+from florax import _dependencies, _jaxprs, _meshes, _stacks, _updates
 
 Env: TypeAlias = dict[Any, Any]
 
@@ -117,7 +117,7 @@ class Layers:
         self.operands = operands = _jaxprs.scan(equation, equation.invars)
         first, count = len(operands.consts), len(operands.carry)
         # What the loop carries unchanged is a constant of it, and is not kept layer by layer.
-        sources = _jaxprs.forwarded(operands.body)
+        sources = _dependencies.forwarded(operands.body)
         self.still = [sources[i] == first + i for i in range(count)]
         self.moving = [not stays for stays in self.still]
         self.const_vars = [*operands.consts, *_where(self.still, operands.carry)]
@@ -204,7 +204,7 @@ class Layers:
             )
             incoming = (d_carry, [d for d in d_outputs if d is not None])
             jaxpr, _, _ = _jaxprs.trace(lambda incoming: pull(incoming)[2], incoming)
-            order = _jaxprs.order(jaxpr)
+            order = _dependencies.order(jaxpr)
             g_consts, d_carry, grads, g_data = pull(incoming)
             # As the backward pass yields them, so that none has to wait for another.
             for number in sorted(range(len(grads)), key=lambda number: order[number]):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from florax import _jaxprs, _stacks
+from florax import _dependencies, _jaxprs, _stacks
 
 Maker = Callable[[jax.Array], jax.Array]
 
@@ -76,7 +76,7 @@ class Update:
         self._inputs: dict[Any, Any] = dict(zip(self._jaxpr.constvars, consts, strict=True))
         self._inputs.update(zip(self._values, flat, strict=True))
         self._makers: dict[Any, Maker] = {}
-        self._needs = self.depends(rule=_jaxprs.whole_equations)
+        self._needs = self.depends(rule=_dependencies.whole_equations)
         self._waiting = dict(enumerate(self._needs))
         self._given: set[int] = set()
         self._env: dict[Any, Any] = {}
@@ -119,13 +119,13 @@ class Update:
         return values
 
     def depends(
-        self, labels: Sequence[int | None] | None = None, rule: _jaxprs.Rule | None = None
+        self, labels: Sequence[int | None] | None = None, rule: _dependencies.Rule | None = None
     ) -> list[frozenset[int]]:
         """Per value the gradients that its successor depends on, and the labels of other values."""
         gradients = [frozenset([number]) for number in range(self._count)]
         own = [frozenset() if n is None else frozenset([n]) for n in labels or ()]
         own += [frozenset()] * (len(self._values) - len(own))
-        return _jaxprs.dependencies(self._jaxpr, [*gradients, *own], rule)
+        return _dependencies.dependencies(self._jaxpr, [*gradients, *own], rule)
 
     def stays(self, number: int) -> bool:
         """Whether a value is its own successor."""
@@ -140,7 +140,7 @@ class Update:
         own = [frozenset([number]) for number in range(count)]
         held = [frozenset[int]()] * (len(self._values) - count)
         while True:
-            depends = _jaxprs.dependencies(self._jaxpr, [*own, *own, *held])
+            depends = _dependencies.dependencies(self._jaxpr, [*own, *own, *held])
             grown = [old | new for old, new in zip(held, depends[count:], strict=True)]
             if grown == held:
                 break
@@ -171,10 +171,10 @@ class Update:
         if any(exact[i] - chosen for i in replaced):
             raise NoMap("what depends on several")
         outputs = [jaxpr.outvars[i] for i in replaced]
-        numbers, _ = _jaxprs.needed(jaxpr, outputs)
+        numbers, _ = _dependencies.needed(jaxpr, outputs)
         own = [frozenset([n]) for n in range(self._count)]
         none = [frozenset[int]()] * len(self._values)
-        labels = _jaxprs.labels(jaxpr, [*own, *none], _jaxprs.whole_equations)
+        labels = _dependencies.labels(jaxpr, [*own, *none], _dependencies.whole_equations)
         axes: dict[Any, int] = {}
         for i, axis in group.items():
             axes[self._gradients[i]] = axes[self._values[i]] = axis
@@ -274,7 +274,7 @@ class Update:
         results = [var for var in results if not isinstance(var, _jaxprs.Literal)]
         if not results:
             return
-        numbers, wanted = _jaxprs.needed(self._jaxpr, results)
+        numbers, wanted = _dependencies.needed(self._jaxpr, results)
         fresh = [var for var in self._inputs if var in wanted and var not in self._env]
         values = self.before([self._inputs[var] for var in fresh])
         for var, value in zip(fresh, values, strict=True):

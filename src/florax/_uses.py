@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from florax import _meshes, _terms, _views
+from florax import _meshes, _pieces, _terms, _views
 
 
 class Source(NamedTuple):
@@ -73,7 +73,7 @@ class Use(abc.ABC):
     ) -> _terms.Term:
         """The sketch of what is in view; without projections, its gradient."""
 
-    def check(self, piece: _views.Piece, shape: tuple[int, ...]) -> None:
+    def check(self, piece: _pieces.Piece, shape: tuple[int, ...]) -> None:
         """Raise `Opaque` if a piece of an array of that shape cannot be followed into the use."""
         for part in piece.view.scales:
             self._place(piece.view, part)
@@ -102,12 +102,12 @@ class Use(abc.ABC):
         """The letters of what is kept."""
         return self.of(view.sketch)
 
-    def cut(self, piece: _views.Piece, other: Any, bounds: dict[str, tuple[int, int]]) -> Any:
+    def cut(self, piece: _pieces.Piece, other: Any, bounds: dict[str, tuple[int, int]]) -> Any:
         """The other operand as the piece meets it."""
         return None if other is None else _terms.Term(self.other, other).cut(bounds).array
 
     def add(
-        self, piece: _views.Piece, total: jax.Array, d_output: jax.Array, operands: Operands
+        self, piece: _pieces.Piece, total: jax.Array, d_output: jax.Array, operands: Operands
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """The total with the sketch of a piece added; the cotangents of its factors."""
         view, (source,) = piece.view, operands.sources
@@ -174,7 +174,7 @@ class Use(abc.ABC):
 
     def _d_scales(
         self,
-        piece: _views.Piece,
+        piece: _pieces.Piece,
         dy: _terms.Term,
         other: Any,
         root: jax.Array,
@@ -211,7 +211,7 @@ def _replaced(old: jax.Array, new: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def record(
     use: Use,
-    pieces: tuple[_views.Piece, ...],
+    pieces: tuple[_pieces.Piece, ...],
     output: jax.Array,
     totals: dict[int, jax.Array],
     operands: Operands,
@@ -227,13 +227,13 @@ def record(
 
 
 def _forward(
-    use: Use, pieces: tuple[_views.Piece, ...], output: jax.Array, totals: Any, operands: Operands
+    use: Use, pieces: tuple[_pieces.Piece, ...], output: jax.Array, totals: Any, operands: Operands
 ) -> tuple[Any, Operands]:
     return (output, totals), operands
 
 
 def _backward(
-    use: Use, pieces: tuple[_views.Piece, ...], operands: Operands, cotangents: Any
+    use: Use, pieces: tuple[_pieces.Piece, ...], operands: Operands, cotangents: Any
 ) -> Any:
     d_output, totals = cotangents
     totals, sources = dict(totals), []

@@ -14,6 +14,7 @@ import optax
 from florax import (
     _calls,
     _checks,
+    _dependencies,
     _dimensions,
     _evaluator,
     _jaxprs,
@@ -193,7 +194,7 @@ def _with_projections(program: Program, found: dict[int, Born]) -> dict[int, Bor
     Where layers are not stacked there are hundreds of them, and a draw at every use would take most
     of the time to compile. Those are together that the loss reads one after the other.
     """
-    place = _jaxprs.first_reads(program.jaxpr)
+    place = _dependencies.first_reads(program.jaxpr)
     numbers = sorted(
         (i for i, own in found.items() if own.leaf.rank and not own.leaf.batch),
         key=place.__getitem__,
@@ -228,7 +229,7 @@ def _evaluate(
     """Results of the loss, the carriers after their last use, and notes on dense uses."""
     # What is only reported is not differentiated.
     is_loss = [number == 0 for number in range(len(program.jaxpr.outvars))]
-    wanted, findings = _jaxprs.wanted(program.jaxpr, tuple(is_loss)), _evaluator.Findings()
+    wanted, findings = _dependencies.wanted(program.jaxpr, tuple(is_loss)), _evaluator.Findings()
     evaluator = _evaluator.Evaluator(dict(carriers), wanted, findings)
     params: list[Any] = []
     for number, leaf in enumerate(program.leaves):

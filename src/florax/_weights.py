@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from florax import _jaxprs, _terms, _uses, _views
+from florax import _jaxprs, _pieces, _terms, _uses, _views
 
 
 @jax.tree_util.register_dataclass
@@ -33,13 +33,13 @@ class Weight:
     array: jax.Array
     root: jax.Array | None
     sources: tuple[_uses.Source, ...]
-    pieces: tuple[_views.Piece, ...] = dataclasses.field(metadata={"static": True})
+    pieces: tuple[_pieces.Piece, ...] = dataclasses.field(metadata={"static": True})
     is_pure: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
     def of(cls, array: jax.Array, number: int, leaf: Any, keys: jax.Array) -> "Weight":
         """A weight itself, with the keys of its matrices."""
-        piece = _views.Piece(number, _views.View.of(leaf), (0,) * array.ndim)
+        piece = _pieces.Piece(number, _views.View.of(leaf), (0,) * array.ndim)
         return cls(array, None, (_uses.Source(keys),), (piece,))
 
     @property
@@ -47,7 +47,7 @@ class Weight:
         """Of the value."""
         return tuple(self.array.shape)
 
-    def replace(self, pieces: Sequence[_views.Piece], **fields: Any) -> "Weight":
+    def replace(self, pieces: Sequence[_pieces.Piece], **fields: Any) -> "Weight":
         """With its pieces seen otherwise."""
         return dataclasses.replace(self, pieces=tuple(pieces), **fields)
 
@@ -111,7 +111,7 @@ def arrays(values: Sequence[Any]) -> list[Any]:
 def _moved(
     weight: Weight,
     equation: _jaxprs.Equation,
-    pieces: Sequence[_views.Piece],
+    pieces: Sequence[_pieces.Piece],
     operands: Sequence[Any] = (),
     **fields: Any,
 ) -> Weight:
