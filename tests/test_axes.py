@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import steps
 
 import florax
 
@@ -87,15 +88,6 @@ def all_bases(by_day):
     return pytest.mark.parametrize("base", names)
 
 
-def ordinary(loss, tx):
-    def step(params, state, x):
-        value, grads = jax.value_and_grad(loss)(params, x)
-        updates, state = tx.update(grads, state, params)
-        return value, optax.apply_updates(params, updates), state
-
-    return step
-
-
 def halves(loss, tx):
     def step(params, state, batch):
         def micro_step(state, x):
@@ -108,27 +100,14 @@ def halves(loss, tx):
     return step
 
 
-def train(step, tx, params, batches):
-    def body(carry, batch):
-        value, *carry = step(*carry, batch)
-        return tuple(carry), value
-
-    @jax.jit
-    def run(params):
-        (params, state), values = jax.lax.scan(body, (params, tx.init(params)), batches)
-        return values, params, state
-
-    return run(params)
-
-
 @all_bases("adafactor")
 def test_at_once_and_layer_by_layer_it_is_the_training_of_stacks_along_the_first_axis(base):
     params, loss, x = moved(FIRST, -1), loss_at(-1), X[:, 0]
     first = florax.per_layer(BASES[base], STACKED)
     tx = florax.per_layer(BASES[base], STACKED, axis=-1)
-    expected = train(ordinary(loss_at(0), first), first, FIRST, x)
-    at_once = train(ordinary(loss, tx), tx, params, x)
-    by_layer = train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
+    expected = steps.train(steps.at_once(loss_at(0), first), first, FIRST, x)
+    at_once = steps.train(steps.at_once(loss, tx), tx, params, x)
+    by_layer = steps.train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
     chex.assert_trees_all_close(by_layer, at_once, **CLOSE)
     chex.assert_trees_all_equal_shapes_and_dtypes(by_layer[1:], (params, tx.init(params)))
     values, params, _ = at_once
@@ -145,9 +124,9 @@ def test_all_ways_to_accumulate_are_those_of_stacks_along_the_first_axis(base):
         return 2 if leaf.ndim > 1 + ("layers" in jax.tree_util.keystr(path)) else None
 
     tx, first, params, loss = accumulated(1), accumulated(0), moved(FIRST, 1), loss_at(1)
-    expected = train(halves(loss_at(0), first), first, FIRST, X)
+    expected = steps.train(halves(loss_at(0), first), first, FIRST, X)
     got, *others = (
-        train(step, tx, params, X)
+        steps.train(step, tx, params, X)
         for step in (
             halves(loss, tx),
             florax.value_and_update(loss, tx),
@@ -206,8 +185,10 @@ def test_stacks_along_several_axes_are_parts_of_a_partition():
         part: florax.per_layer(base, STACKED, axis) for part, axis in (("first", 0), ("second", 1))
     }
     tx, x = optax.partition(parts, names), X[:, 0]
-    by_layer = train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
-    chex.assert_trees_all_close(by_layer, train(ordinary(loss, tx), tx, params, x), **CLOSE)
+    by_layer = steps.train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
+    chex.assert_trees_all_close(
+        by_layer, steps.train(steps.at_once(loss, tx), tx, params, x), **CLOSE
+    )
 
 
 def test_a_flax_linen_scan_along_another_axis():
@@ -238,8 +219,10 @@ def test_a_flax_linen_scan_along_another_axis():
         return jnp.mean((model.apply({"params": params}, x) - 1) ** 2)
 
     tx = florax.per_layer(BASES["adam"], lambda path, leaf: path[0].key == "layers", axis=1)
-    by_layer = train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
-    chex.assert_trees_all_close(by_layer, train(ordinary(loss, tx), tx, params, x), **CLOSE)
+    by_layer = steps.train(florax.value_and_update(loss, tx, layerwise=True), tx, params, x)
+    chex.assert_trees_all_close(
+        by_layer, steps.train(steps.at_once(loss, tx), tx, params, x), **CLOSE
+    )
 
 
 # --- errors

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import steps
 from jax.sharding import AxisType
 
 import florax
@@ -78,32 +79,6 @@ def layerwise(loss_fn, tx, **arguments):
     return florax.value_and_update(loss_fn, tx, layerwise=True, **arguments)
 
 
-def at_once(loss_fn, tx):
-    """The ordinary step: all gradients, one update."""
-
-    def step(params, state, *batch, **extra_args):
-        loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-        updates, state = tx.update(grads, state, params, **extra_args)
-        return loss, optax.apply_updates(params, updates), state
-
-    return step
-
-
-def train(step, tx, params, batches):
-    """Losses of every step, and the last parameters and state."""
-
-    def body(carry, batch):
-        loss, *carry = step(*carry, batch)
-        return tuple(carry), loss
-
-    @jax.jit
-    def run(params):
-        (params, state), losses = jax.lax.scan(body, (params, tx.init(params)), batches)
-        return losses, params, state
-
-    return run(params)
-
-
 def assert_states_are_close(state, expected):
     """What holds gradients, and is not multiplied by a learning rate, has errors of their size."""
     chex.assert_trees_all_equal_shapes_and_dtypes(state, expected)
@@ -125,8 +100,10 @@ def assert_states_are_close(state, expected):
 )
 def test_layer_by_layer_is_the_ordinary_step(name, params):
     tx, batches = florax.per_layer(TRANSFORMATIONS[name], STACKED), normal(7, 3, 2, 5, 12)
-    losses, new, state = train(layerwise(loss_fn, tx), tx, params, batches)
-    expected_losses, expected, expected_state = train(at_once(loss_fn, tx), tx, params, batches)
+    losses, new, state = steps.train(layerwise(loss_fn, tx), tx, params, batches)
+    expected_losses, expected, expected_state = steps.train(
+        steps.at_once(loss_fn, tx), tx, params, batches
+    )
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
     chex.assert_trees_all_close(new, expected, **CLOSE)
     assert_states_are_close(state, expected_state)
@@ -200,7 +177,7 @@ ROUNDED = dict(rtol=1e-3, atol=1e-3)
 def is_the_ordinary_step(loss, tx, params, x, **close):
     state = tx.init(params)
     got = jax.jit(layerwise(loss, tx))(params, state, x)
-    expected = jax.jit(at_once(loss, tx))(params, state, x)
+    expected = jax.jit(steps.at_once(loss, tx))(params, state, x)
     chex.assert_trees_all_close(got, expected, **{**CLOSE, **close})
     return got
 
