@@ -5,12 +5,14 @@
     multisteps  the same by `optax.MultiSteps`: a jit call a micro-batch
     dense       FLORA as in the paper: full-size gradients, each then added to sketches
     sketched    `florax.value_and_update`: gradients born as sketches
+    whole       the same at full size, without sketches
     layerwise   `florax.value_and_update(..., layerwise=True)`, with FLORA momentum of the
                 compressed matrices, no accumulation
     layerwise-accumulate   the same, with accumulation and without momentum
     galore      `optax.contrib.galore`, no accumulation; within `florax.per_layer`, as it knows no
                 stacks of layers
 
+With `-int8` or `-int4` behind it, accumulators (or the momentum of `layerwise`) are in 8 or 4 bits.
 All but `galore`, which cannot take it and has Adam, have Adafactor as their base optimizer.
 """
 
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import florax
@@ -30,7 +33,12 @@ METHODS = (
     "multisteps",
     "dense",
     "sketched",
+    "sketched-int8",
+    "sketched-int4",
+    "whole-int8",
+    "whole-int4",
     "layerwise",
+    "layerwise-int8",
     "layerwise-accumulate",
     "galore",
 )
@@ -65,9 +73,12 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
       side: of a matrix, to be projected: "larger" or "smaller".
     """
     adafactor = optax.adafactor(LEARNING_RATE)
+    name, _, bits = name.partition("-int")
+    dtype = jnp.dtype(f"int{bits}") if bits else None
 
     def ranks(path: tuple, leaf: Any) -> int | None:
-        return rank if florax.attention_and_feed_forward(path, leaf) else None
+        is_sketched = name != "whole" and florax.attention_and_feed_forward(path, leaf)
+        return rank if is_sketched else None
 
     def matrices(tree: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda *leaf: ranks(*leaf) is not None, tree)
@@ -79,13 +90,14 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
     if name == "multisteps":
         tx = optax.MultiSteps(adafactor, accumulate).gradient_transformation()
         return Method(tx.init, one_by_one(loss_fn, tx), 1, accumulate)
-    if name in ("dense", "sketched"):
+    if name in ("dense", "sketched", "whole"):
         layers = florax.per_layer(adafactor, models.is_stacked)
-        tx = florax.flora_accumulate(layers, accumulate, ranks, side=side)
+        tx = florax.flora_accumulate(layers, accumulate, ranks, side=side, accumulator_dtype=dtype)
         step = dense(loss_fn, tx) if name == "dense" else florax.value_and_update(loss_fn, tx)
         return Method(tx.init, step, accumulate, 1)
     if name == "layerwise":
-        momentum = optax.masked(florax.flora_momentum(rank, side=side), matrices)
+        momentum = florax.flora_momentum(rank, side=side, accumulator_dtype=dtype)
+        momentum = optax.masked(momentum, matrices)
         tx = florax.per_layer(optax.chain(adafactor, momentum), models.is_stacked)
         step = florax.value_and_update(loss_fn, tx, layerwise=True)
         return Method(tx.init, lambda p, s, b: step(p, s, first(b)), 1, 1)

@@ -130,8 +130,10 @@ def loss(shape: Shape, params: dict[str, Any], batch: dict[str, Array]) -> Array
         x = norm(scan(shape, params["decoder"], x, memory=memory), params["decoder_norm"])
     else:
         x = norm(scan(shape, params["blocks"], x), params["norm"])
-    head = params["head"] if "head" in params else params["embed"].T  # (C, V)
-    return cross_entropy(x, head, labels)
+    if "head" in params:
+        return cross_entropy(x, params["head"], "btc,cv->btv", labels)
+    # Not its transpose, which XLA would copy and keep for the whole step.
+    return cross_entropy(x, params["embed"], "btc,vc->btv", labels)
 
 
 def scan(
@@ -184,13 +186,13 @@ def norm(x: Array, scale: Array) -> Array:
     return x * jax.lax.rsqrt(mean_square + 1e-6).astype(x.dtype) * scale
 
 
-def cross_entropy(x: Array, head: Array, labels: Array) -> Array:
+def cross_entropy(x: Array, head: Array, product: str, labels: Array) -> Array:
     """Mean over all tokens; the logits of `CHUNK` tokens a row exist at once."""
 
     @jax.checkpoint
     def chunk_loss(chunk: tuple[Array, Array]) -> Array:
         x, labels = chunk  # (B, CHUNK, C), (B, CHUNK)
-        logits = (x @ head).astype(jnp.float32)  # (B, CHUNK, V)
+        logits = jnp.einsum(product, x, head).astype(jnp.float32)  # (B, CHUNK, V)
         label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - label_logits)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _calls, _checks, _dimensions, _leaves, _projection, _sketches, _stacks
+from florax import _calls, _checks, _dimensions, _leaves, _projection, _sketches, _stacks, _stored
 
 ShouldSkip: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -85,7 +85,9 @@ def flora_accumulate(
       dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
         `FloraDimensionNumbers`. None: a leaf of two axes is a matrix; others are kept dense.
       accumulator_dtype: dtype of the accumulator; None: float32, or the parameter's if wider.
-        Sketches in a narrower one are rounded stochastically.
+        Sketches in a narrower one are rounded stochastically. `jnp.int8` and `jnp.int4` (and
+        `jnp.int2`) keep sketches and dense leaves alike in so many bits, and a float32 scale for
+        every 33 to 64 entries, rounded stochastically at every micro-step.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `FloraAccumulateState`. A
@@ -117,6 +119,7 @@ def flora_accumulate(
             f"opt must be an Optax gradient transformation, got {opt!r}. flora_accumulate wraps "
             "the base optimizer: flora_accumulate(optax.adafactor(1e-3), 16, rank=256)."
         )
+    _stored.check_dtype(accumulator_dtype)
     if not callable(every_k_schedule):
         _checks.positive_int("every_k_schedule", every_k_schedule)
     accumulation = _Accumulation(
@@ -199,6 +202,12 @@ class _Accumulation:
             state: FloraAccumulateState, micro_gradients: list[jax.Array]
         ) -> tuple[optax.Updates, FloraAccumulateState]:
             total = self._add(micro_gradients, state)
+            rounded = state.sketch.round(total, state.gradient_step, state.mini_step)
+            # What `finish` would read: integers are rounded at every micro-step, the last too.
+            total = [
+                _stored.read(new) if _stored.is_quantized(new) else mean
+                for mean, new in zip(total, rounded, strict=True)
+            ]
             # In the dtypes of the gradients; a parameter stands in for one that was never there.
             aligned = grads if params is None else state.sketch.aligned("params", params)
             pairs = zip(grads, aligned, strict=True)
@@ -265,20 +274,19 @@ class _Accumulation:
     ) -> tuple[optax.Updates, FloraAccumulateState]:
         """Run the base optimizer on the mean gradients, and start the next cycle."""
         updates, inner = self.opt.update(grads, state.inner_opt_state, params, **extra_args)
-        zeros = [jnp.zeros_like(x) for x in state.sketch.leaves()]
         return updates, state._replace(
             mini_step=jnp.zeros_like(state.mini_step),
             # Both branches of a conditional must agree, whatever dtypes a base optimizer returns.
             inner_opt_state=optax.tree.cast_like(inner, state.inner_opt_state),
-            sketch=state.sketch.replace(zeros, cycle=optax.safe_increment(state.gradient_step)),
+            sketch=state.sketch.zeroed(cycle=optax.safe_increment(state.gradient_step)),
             updated=jnp.ones_like(state.updated),
         )
 
     def _add(
         self, micro_gradients: list[jax.Array], state: FloraAccumulateState
     ) -> list[jax.Array]:
-        """The mean, or the sum, with one more micro-batch; not yet rounded to the state's dtype."""
-        pairs = zip(micro_gradients, state.sketch.leaves(), strict=True)
+        """The mean, or the sum, with one more micro-batch; not yet rounded."""
+        pairs = zip(micro_gradients, state.sketch.read(), strict=True)
         if self.use_grad_mean:
             # The running mean in the very form of `optax.MultiSteps`, for bit-equal dense leaves.
             return [old + (new - old) / (state.mini_step + 1) for new, old in pairs]
@@ -291,8 +299,7 @@ class _Accumulation:
         total = state.sketch.round(
             self._add(micro_gradients, state), state.gradient_step, state.mini_step
         )
-        pairs = zip(state.sketch.leaves(), total, strict=True)
-        kept = [jnp.where(skip, old, new) for old, new in pairs]
+        kept = jax.tree.map(functools.partial(jnp.where, skip), state.sketch.leaves(), total)
         mini_step = jnp.where(skip, state.mini_step, optax.safe_increment(state.mini_step))
         return state._replace(
             mini_step=mini_step,
@@ -317,22 +324,28 @@ class _Accumulation:
 
     def can_sum_in_place(self, sketch: _sketches.Sketches) -> bool:
         """Whether gradients may be added one by one without being looked at: see `sums`."""
-        # A skipped gradient must not be in the sum yet; a sum in 16 bits needs its own rounding.
-        wide = (x.dtype == jnp.promote_types(x.dtype, jnp.float32) for x in sketch.leaves())
-        return all(wide) and self.should_skip is None
+        # A skipped gradient must not be in the sum yet, and sums are no means where 16 bits round.
+        exact = (
+            _stored.is_quantized(x) or x.dtype == jnp.promote_types(x.dtype, jnp.float32)
+            for x in sketch.leaves()
+        )
+        return all(exact) and self.should_skip is None
 
-    def sums(self, state: FloraAccumulateState) -> list[jax.Array]:
+    def sums(self, state: FloraAccumulateState) -> list[_stored.Stored]:
         """The sums so far: a mean, which the state keeps, would be scaled at every micro-step."""
         factor = state.mini_step if self.use_grad_mean else 1
-        return [x * jnp.asarray(factor, x.dtype) for x in state.sketch.leaves()]
+        return [
+            _stored.scaled(lambda x: x * jnp.asarray(factor, x.dtype), own)
+            for own in state.sketch.leaves()
+        ]
 
     def with_sums(
-        self, state: FloraAccumulateState, sums: list[jax.Array], count: int
+        self, state: FloraAccumulateState, sums: list[_stored.Stored], count: int
     ) -> FloraAccumulateState:
         """The state after `count` micro-steps more."""
         total = state.mini_step + count
         if self.use_grad_mean:
-            sums = [x / total.astype(x.dtype) for x in sums]
+            sums = [_stored.scaled(lambda x: x / total.astype(x.dtype), own) for own in sums]
         return state._replace(mini_step=total, sketch=state.sketch.replace(sums))
 
 

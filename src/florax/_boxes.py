@@ -14,8 +14,11 @@ from jax.sharding import PartitionSpec
 _NNX = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
 
 
-def fill(tree: Any, arrays: Sequence[jax.Array], axes: Sequence[Sequence[int | None]]) -> Any:
-    """A tree like `tree` of `arrays`, whose axes are those of its leaves, None for a new one."""
+def fill(tree: Any, arrays: Sequence[Any], axes: Sequence[Sequence[int | None]]) -> Any:
+    """A tree like `tree` of `arrays`, whose axes are those of its leaves, None for a new one.
+
+    An array may be a node of several that have the same axes.
+    """
     boxes, treedef = jax.tree.flatten(tree, is_leaf=_is_box)
     new = [
         _filled(box, array, own) if _is_box(box) else array
@@ -30,7 +33,7 @@ def _is_box(node: Any) -> bool:
     return (linen or nnx) and bool(jax.tree.leaves(node))  # in parts of a tree some are empty
 
 
-def _filled(box: Any, array: jax.Array, axes: Sequence[int | None]) -> Any:
+def _filled(box: Any, array: Any, axes: Sequence[int | None]) -> Any:
     new = jax.tree.unflatten(jax.tree.structure(box), [array])
     if hasattr(new, "names"):
         return new.replace(names=_renamed(new.names, axes))

@@ -16,6 +16,7 @@ from florax import (
     _leaves,
     _sketches,
     _stacks,
+    _stored,
     _updates,
 )
 
@@ -154,7 +155,7 @@ class Sum(NamedTuple):
     """What a state has accumulated of one leaf's gradient."""
 
     leaf: _leaves.Leaf
-    array: jax.Array
+    array: _stored.Stored
     keys: jax.Array | None  # of its matrices; None if it is kept dense
     is_right: jax.Array  # whether it was accumulated under the settings of the transformation
 
@@ -163,7 +164,10 @@ class Sum(NamedTuple):
         keys = self.keys
         if keys is not None:  # of the first layer's matrices first
             keys = _stacks.take(keys.reshape(self.leaf.shape[axis], -1, 2), index)
-        array = _stacks.take(self.array, index, self.leaf.kept_axes.index(axis))
+        place, array = self.leaf.kept_axes.index(axis), self.array
+        if _stored.is_quantized(array) and place >= array.words.ndim - 1:
+            array = _stored.read(array)  # layers and blocks are along the same axis
+        array = _stacks.take(array, index, jax.tree.map(lambda _: place, array))
         return Sum(self.leaf.layer(axis), array, keys, self.is_right)
 
 
@@ -179,10 +183,9 @@ def _give(
         update.give(number, own.array, functools.partial(_mean, own, a, like))
 
 
-def _mean(own: Sum, projection: jax.Array | None, like: Any, source: jax.Array) -> jax.Array:
-    return _accumulate.decompress(
-        own.leaf, projection, like, _sketches.where_true(own.is_right, source)
-    )
+def _mean(own: Sum, projection: jax.Array | None, like: Any, source: _stored.Stored) -> jax.Array:
+    kept = _sketches.where_true(own.is_right, _stored.read(source))
+    return _accumulate.decompress(own.leaf, projection, like, kept)
 
 
 def end(

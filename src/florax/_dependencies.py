@@ -32,6 +32,38 @@ def order(jaxpr: _jaxprs.Jaxpr) -> list[tuple[int, ...]]:
     return [() if isinstance(var, _jaxprs.Literal) else made.get(var, ()) for var in jaxpr.outvars]
 
 
+def scanned_once(jaxpr: _jaxprs.Jaxpr) -> list[bool]:
+    """For every operand whether a single loop scans over it, and nothing else uses it."""
+    return [count == 1 for count in _scanned(jaxpr)]
+
+
+def _scanned(jaxpr: _jaxprs.Jaxpr) -> list[int]:
+    """For every operand how many loops scan over it; of another use, two."""
+    counts = [0] * len(jaxpr.invars)
+    # Which operand a variable is, unchanged but in type and in the order of its axes.
+    own: dict[Any, int] = {var: number for number, var in enumerate(jaxpr.invars)}
+    for equation in jaxpr.eqns:
+        read = [own.get(v) if not isinstance(v, _jaxprs.Literal) else None for v in equation.invars]
+        name = equation.primitive.name
+        within: Sequence[int] = [2] * len(read)
+        sources: Sequence[int | None] = [None] * len(equation.outvars)
+        if name in ("convert_element_type", "transpose", "reshard", "sharding_constraint"):
+            within, sources = [0], [0]
+        elif name in _jaxprs.JIT or name in _jaxprs.CHECKPOINT:
+            inner, _ = _jaxprs.inner(equation)
+            within, sources = _scanned(inner), forwarded(inner)
+        elif name == "scan":
+            parts = _jaxprs.scan(equation, range(len(read)))
+            within = [1 if number in parts.xs else 2 for number in range(len(read))]
+        for number, count in zip(read, within, strict=True):
+            if number is not None:
+                counts[number] += count
+        for var, source in zip(equation.outvars, sources, strict=True):
+            if source is not None and (operand := read[source]) is not None:
+                own[var] = operand
+    return counts
+
+
 Labels: TypeAlias = frozenset[int]
 Rule: TypeAlias = Callable[[_jaxprs.Equation, list[Labels]], Sequence[Labels]]
 

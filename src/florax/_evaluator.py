@@ -6,11 +6,12 @@ product, a lookup or a sum, the backward pass of that use is made to yield its s
 a moment, is compressed on the spot; `notes` says which those are.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ from florax import (
     _jaxprs,
     _lookups,
     _meshes,
+    _pieces,
     _products,
+    _slots,
     _uses,
     _views,
     _weights,
@@ -42,6 +45,13 @@ class Findings:
     calls: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict)
 
 
+Inside: TypeAlias = tuple[dict[int, jax.Array], dict[int, _slots.Slot]]
+
+
+def _pieces_of(values: Iterable[Any]) -> list[_pieces.Piece]:
+    return [piece for own in values if isinstance(own, _weights.Weight) for piece in own.pieces]
+
+
 @dataclasses.dataclass
 class Evaluator:
     """Evaluates a traced program with some of its values being weights.
@@ -49,15 +59,20 @@ class Evaluator:
     Attributes:
       totals: per weight the value that its uses pass on from one to the next (`_uses.record`);
         inner programs get evaluators of their own.
+      slots: per weight, where there is no total yet, what one is written into.
       wanted: the variables of the program through which gradients reach the loss.
       found: what is shared.
       line: which line of the user's program has led here.
     """
 
     totals: dict[int, jax.Array]
+    slots: dict[int, _slots.Slot]
     wanted: frozenset[Any]
     found: Findings
     line: str = ""
+
+    def __post_init__(self) -> None:
+        self.given = tuple(self.totals)
 
     def run(self, jaxpr: _jaxprs.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
         return _jaxprs.evaluate(jaxpr, consts, args, self.equation)
@@ -103,7 +118,8 @@ class Evaluator:
             if use.is_dense(piece.view):
                 self.found.notes.setdefault(piece.number, {})[where] = None
         operands = _uses.Operands(other, weight.root, weight.sources)
-        totals = self.inside([weight])
+        self.begin([weight])
+        totals, _ = self.inside([weight])
         output, totals = _uses.record(use, weight.pieces, output, totals, operands)
         self.totals.update(totals)
         return output
@@ -112,23 +128,37 @@ class Evaluator:
         """The operation's name and the line of the user's program that it comes from."""
         return f"{equation.primitive.name} at {_jaxprs.line(equation) or self.line}"
 
-    def inside(self, values: Sequence[Any]) -> dict[int, jax.Array]:
-        """The totals that an inner program needs which gets these values."""
-        weights = [value for value in values if isinstance(value, _weights.Weight)]
-        numbers = {piece.number for weight in weights for piece in weight.pieces}
-        return {number: self.totals[number] for number in sorted(numbers)}
+    def begin(self, values: Iterable[Any]) -> None:
+        """Begin the totals of weights that have none yet, for all uses from here on."""
+        for piece in _pieces_of(values):
+            if piece.number in self.slots:
+                whole = _views.View.of(piece.view.leaf)
+                _, self.totals[piece.number] = self.slots.pop(piece.number).total(whole, ())
+
+    def inside(self, values: Sequence[Any]) -> Inside:
+        """The totals and slots that an inner program needs which gets these values."""
+        numbers = sorted({piece.number for piece in _pieces_of(values)})
+        return (
+            {number: self.totals[number] for number in numbers if number in self.totals},
+            {number: self.slots[number] for number in numbers if number in self.slots},
+        )
 
     def entered(
         self,
         equation: _jaxprs.Equation,
         jaxpr: _jaxprs.Jaxpr,
         results: Sequence[bool],
-        totals: dict[int, jax.Array],
+        inside: Inside,
     ) -> "Evaluator":
         """For an inner program, of which some results are wanted."""
         wanted = _dependencies.wanted(jaxpr, tuple(results))
         line = _jaxprs.line(equation) or self.line
-        return Evaluator(dict(totals), wanted, self.found, line)
+        totals, slots = inside
+        return Evaluator(dict(totals), dict(slots), wanted, self.found, line)
+
+    def returned(self) -> dict[int, jax.Array]:
+        """Those totals that were given; others end here."""
+        return {number: self.totals[number] for number in self.given}
 
     def chosen(self, variables: Sequence[Any]) -> tuple[bool, ...]:
         """Which of the variables are wanted."""
@@ -147,12 +177,12 @@ def _jit(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[A
     key = (jaxpr, results, params.get("in_shardings"), params.get("out_shardings"))
     if key not in ev.found.calls:
 
-        def body(totals: dict[int, jax.Array], values: list[Any]) -> Any:
-            inner = ev.entered(equation, jaxpr, results, totals)
+        def body(inside: Inside, values: list[Any]) -> Any:
+            inner = ev.entered(equation, jaxpr, results, inside)
             divided = map(_divided, values, _jaxprs.shardings(equation, "in_shardings"))
             computed = inner.run(jaxpr, consts, *divided)
             divided = map(_divided, computed, _jaxprs.shardings(equation, "out_shardings"))
-            return _own(list(divided), sources), inner.totals
+            return _own(list(divided), sources), inner.returned()
 
         body.__name__ = str(params.get("name", "call"))
         ev.found.calls[key] = jax.jit(body)
@@ -191,9 +221,9 @@ def _checkpoint(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) ->
     sources, results = _dependencies.forwarded(jaxpr), ev.chosen(equation.outvars)
 
     @functools.partial(jax.checkpoint, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    def body(totals: dict[int, jax.Array], values: list[Any]) -> Any:
-        inner = ev.entered(equation, jaxpr, results, totals)
-        return _own(inner.run(jaxpr, consts, *values), sources), inner.totals
+    def body(inside: Inside, values: list[Any]) -> Any:
+        inner = ev.entered(equation, jaxpr, results, inside)
+        return _own(inner.run(jaxpr, consts, *values), sources), inner.returned()
 
     computed, totals = body(ev.inside(values), values)
     ev.totals.update(totals)
@@ -231,9 +261,15 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
         for source in sources[len(parts.carry) :]
     ]
 
+    # A layer's part of an accumulator is written by itself, if no block of it is in another one.
+    weights = [stack for stack in stacks if isinstance(stack, _weights.Weight)]
+    counts = collections.Counter(piece.number for piece in _pieces_of(weights))
+    ev.begin([*parts.consts, *start])
+    ev.begin(own for own in weights if not own.can_be_written(ev.slots, counts))
+    totals, slots = ev.inside([*parts.consts, *start, *stacks])
+
     # The keys of all stacks side by side, shape (layers, keys of a layer, 2): a slice and a copy a
     # layer, not one for every weight.
-    weights = [stack for stack in stacks if isinstance(stack, _weights.Weight)]
     keys = [own for weight in weights for own in weight.layer_keys()]
     packed = jnp.concatenate(keys, axis=1) if keys else None
     starts = np.cumsum([own.shape[1] for own in keys])[:-1]
@@ -242,14 +278,16 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
         moving, totals = carry
         index, layer_keys, slices = xs
         own_keys = iter([] if layer_keys is None else jnp.split(layer_keys, starts))
-        inner = ev.entered(equation, parts.body, wanted, totals)
+        inner = ev.entered(equation, parts.body, wanted, (totals, {}))
         moving_values = iter(moving)
         carried = [
             value if stays else next(moving_values)
             for value, stays in zip(start, constant, strict=True)
         ]
         sliced = [
-            stack.at(index, own[0], own[1], own_keys) if isinstance(stack, _weights.Weight) else own
+            stack.at(index, own[0], own[1], own_keys).written(slots, inner.totals)
+            if isinstance(stack, _weights.Weight)
+            else own
             for stack, own in zip(stacks, slices, strict=True)
         ]
         results = inner.run(parts.body, parts.body_consts, *parts.consts, *carried, *sliced)
@@ -259,12 +297,12 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
             f"{where}, which returns it",
             itertools.compress(wanted, computed),
         )
-        return (new[: len(moving)], inner.totals), new[len(moving) :]
+        return (new[: len(moving)], inner.returned()), new[len(moving) :]
 
     xs = [(own.array, own.root) if isinstance(own, _weights.Weight) else own for own in stacks]
     (moved, totals), collected = jax.lax.scan(
         body,
-        (moving, ev.inside([*parts.consts, *start, *stacks])),
+        (moving, totals),
         (jnp.arange(params["length"], dtype=jnp.int32), packed, xs),
         length=params["length"],
         reverse=params["reverse"],
@@ -289,15 +327,17 @@ def _cond(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
         jaxpr, consts = _jaxprs.opened(program)
 
         def body(totals: dict[int, jax.Array], operands: list[Any]) -> Any:
-            inner = ev.entered(equation, jaxpr, results, totals)
+            inner = ev.entered(equation, jaxpr, results, (totals, {}))
             values = inner.run(jaxpr, consts, *operands)
             reason = f"{ev.where(equation)}, which returns it"
-            return inner.plain(values, reason, results), inner.totals
+            return inner.plain(values, reason, results), inner.returned()
 
         return body
 
     branches = [branch(jaxpr) for jaxpr in equation.params["branches"]]
-    computed, totals = jax.lax.switch(index, branches, ev.inside(operands), operands)
+    ev.begin(operands)
+    totals, _ = ev.inside(operands)
+    computed, totals = jax.lax.switch(index, branches, totals, operands)
     ev.totals.update(totals)
     return list(computed)
 

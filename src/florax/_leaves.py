@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from florax import _checks, _dimensions, _meshes, _projection
+from florax import _checks, _dimensions, _meshes, _projection, _stored
 
 Side = Literal["smaller", "larger"]
 
@@ -120,11 +120,10 @@ class Leaf:
         old, new = _meshes.divide(old, stack), _meshes.divide(new, stack)
         return _over_stack(_projection.transfer, len(self.batch))(sketch, old, new)
 
-    def zeros(self, like: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def zeros(self, like: jax.Array, dtype: jax.typing.DTypeLike) -> _stored.Stored:
         """A sketch of zero, or zeros if dense, for the leaf or gradient `like`."""
         kept = tuple(axis for axis in self.kept_axes if axis is not None)
-        zeros = jnp.zeros(self.stored_shape, dtype)
-        return _meshes.divide(_meshes.varying_as(zeros, like), _meshes.division(like, kept))
+        return _stored.zeros(self.stored_shape, dtype, like, kept)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,12 +6,14 @@ types say nothing, XLA decides, and nothing here does anything.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+T = TypeVar("T")
 Division = tuple[Any, ...]
 
 
@@ -19,6 +21,12 @@ def division(array: jax.Array, axes: Sequence[int]) -> Division:
     """Per axis named the axes of the explicit mesh that it is divided along; None for none."""
     spec = tuple(jax.typeof(array).sharding.spec)
     return tuple(spec[axis] if axis < len(spec) else None for axis in axes)
+
+
+def parts(array: jax.Array, along: Any) -> int:
+    """In how many parts an entry of the `division` of `array` divides an axis."""
+    names = along if isinstance(along, tuple) else () if along is None else (along,)
+    return math.prod(jax.typeof(array).sharding.mesh.shape[name] for name in names)
 
 
 def is_explicit(array: jax.Array) -> bool:
@@ -112,12 +120,12 @@ def within(like: jax.Array, function: Callable[..., Any], total: jax.Array, *arg
     return move(new, own.mesh, tuple(own.spec)), more
 
 
-def automatically(function: Callable[..., jax.Array], total: jax.Array, *args: Any) -> jax.Array:
+def automatically(function: Callable[..., T], total: T, *args: Any) -> T:
     """`function(total, *args)`, divided as `total` is; on explicit meshes XLA decides between."""
-    if not any(is_explicit(x) for x in (total, *args)):
+    if not any(is_explicit(x) for x in jax.tree.leaves((total, args))):
         return function(total, *args)
-    along = spec(division(total, range(total.ndim)))
-    done: jax.Array = jax.sharding.auto_axes(function, out_sharding=along)(total, *args)
+    along = jax.tree.map(lambda x: spec(division(x, range(x.ndim))), total)
+    done: T = jax.sharding.auto_axes(function, out_sharding=along)(total, *args)
     return done
 
 

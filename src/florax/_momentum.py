@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _calls, _checks, _dimensions, _leaves, _projection, _sketches
+from florax import _calls, _checks, _dimensions, _leaves, _projection, _sketches, _stored
 
 
 class FloraMomentumState(NamedTuple):
@@ -76,7 +76,9 @@ def flora_momentum(
       dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
         `FloraDimensionNumbers`. None: a leaf of two axes is a matrix; others are kept dense.
       accumulator_dtype: dtype of the state; None: that of the parameter, as in `optax.ema`.
-        Sketches in 16 bits are rounded stochastically, so that they do not stall.
+        Sketches in 16 bits are rounded stochastically, so that they do not stall. `jnp.int8` and
+        `jnp.int4` (and `jnp.int2`) keep sketches and dense leaves alike in so many bits, and a
+        float32 scale for every 33 to 64 entries, rounded stochastically at every update.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `FloraMomentumState`. As with
@@ -106,6 +108,7 @@ def flora_momentum(
     """
     _checks.decay_rate("decay", decay)
     _checks.positive_int("resample_every", resample_every)
+    _stored.check_dtype(accumulator_dtype)
     plan = _leaves.Plan(rank, side, projection, dimension_numbers)
     settings = ("flora_momentum", *plan.said)
     if residual and projection == "gaussian":
@@ -141,18 +144,19 @@ def flora_momentum(
         sketches, _ = state.sketch.checked(settings)
         grads, treedef = sketches.match(updates)
         drawn = sketches.draw()
-        read = iter(sketches.read([grad for grad in grads if _sketches.is_sketch(grad)]))
+        admitted = iter(sketches.admit([grad for grad in grads if _sketches.is_sketch(grad)]))
 
         emitted, kept = [], []
         likes = grads if params is None else sketches.aligned("params", params)
-        for leaf, grad, average, like in zip(
+        for leaf, grad, own, like in zip(
             sketches.plan, grads, sketches.leaves(), likes, strict=True
         ):
+            average = _stored.read(own)
             a = drawn.get(leaf.path)
             if a is None:
                 new = optax.tree.update_moment(grad, average, decay, order=1)
                 out = optax.tree.update_moment(grad, new, decay, order=1) if nesterov else new
-                emitted.append(out)
+                emitted.append(out.astype(grad.dtype) if _stored.is_quantized(own) else out)
                 kept.append(new)
                 continue
             born = isinstance(grad, _sketches.Sketch)
@@ -161,15 +165,15 @@ def flora_momentum(
                     f"residual=True needs the full gradient of {leaf.path}, got its sketch. Use "
                     "jax.value_and_grad, or residual=False."
                 )
-            sketch = next(read) if born else leaf.compress(grad, a)
+            sketch = next(admitted) if born else leaf.compress(grad, a)
             new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
             # One decompression serves both parts: M A + G − (G Aᵀ) A = G + (M − G Aᵀ) A.
             out = out - sketch if residual else out
             out = leaf.decompress(out, a, like if born else grad)
             out = out + grad if residual else out
-            own = leaf.dtype if born else grad.dtype
-            emitted.append(out.astype(jnp.promote_types(own, average.dtype)))
+            dtype = leaf.dtype if born else grad.dtype
+            emitted.append(out.astype(jnp.promote_types(dtype, own.dtype)))
             kept.append(new)
 
         sketches = sketches.replace(sketches.round(kept, state.count, _AVERAGE))
@@ -189,12 +193,12 @@ def _resample(
     compressed = [i for i, leaf in enumerate(sketches.plan) if leaf.rank]
     new = dataclasses.replace(sketches, cycle=sketches.cycle + ends_cycle.astype(jnp.int32))
 
-    def carry_over() -> list[jax.Array]:
+    def carry_over() -> list[_stored.Stored]:
         # Both projections are drawn here, once in `resample_every` updates, and not kept alive.
         before, after = sketches.draw(), new.draw()
         moved = [
             leaf.transfer(kept, before[leaf.path], after[leaf.path]) if leaf.rank else kept
-            for leaf, kept in zip(sketches.plan, sketches.leaves(), strict=True)
+            for leaf, kept in zip(sketches.plan, sketches.read(), strict=True)
         ]
         rounded = new.round(moved, count, _TRANSFER)
         return [rounded[i] for i in compressed]

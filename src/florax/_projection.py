@@ -8,7 +8,7 @@ column axes. Its projection A has shape `(rank, *columns)` and its sketch C = G 
 
 import functools
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -123,42 +123,3 @@ def transfer(sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(sketch.dtype, jnp.float32)
     overlap = compress(old.astype(dtype), new)
     return jnp.tensordot(sketch.astype(dtype), overlap, axes=1)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def stochastic_round(value: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
-    """Round `value` to `dtype`, up or down with the probabilities that make it right on average.
-
-    Rounding to the nearest stalls a moving average whose increments are below half a unit in the
-    last place: in bfloat16 from a decay of about 0.99 on. `key` is two random words, uint32, shape
-    `(2,)`. Differentiated as a cast is.
-    """
-    nearest = value.astype(dtype)
-    error = value - nearest.astype(value.dtype)
-    other = jnp.nextafter(nearest, jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype))
-    gap = other.astype(value.dtype) - nearest.astype(value.dtype)
-    # An infinite or undefined value makes the quotient 0 or NaN: the nearest value then stands.
-    return jnp.where(_noise(key, value.shape) < error / gap, other, nearest)
-
-
-@stochastic_round.defjvp
-def _stochastic_round_jvp(dtype: Any, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (value, key), (tangent, _) = primals, tangents
-    return stochastic_round(value, dtype, key), tangent.astype(dtype)
-
-
-def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform in [0, 1), float32: a hash of the key and each entry's position.
-
-    Rounding needs noise, not randomness. `jax.random.uniform` would write a float32 buffer of the
-    sketch's shape, and take a quarter of a second to compile for every leaf; this is a few integer
-    operations inside the kernel that rounds. The mixer is Wellons' lowbias32, its constants
-    included (https://nullprogram.com/blog/2018/07/31/).
-    """
-    word = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    for half in key:
-        word = word ^ half
-        word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
-        word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
-        word = word ^ (word >> 16)
-    return (word >> 8).astype(jnp.float32) * 2.0**-24

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _calls, _jaxprs, _sketches, _value_and_grad
+from florax import _calls, _jaxprs, _sketches, _stored, _value_and_grad
 
 
 class ReportRow(NamedTuple):
@@ -23,8 +23,10 @@ class ReportRow(NamedTuple):
       rank: rank of its sketch; None if it is kept dense.
       side: size m of the projected side; None if it is kept dense.
       reason: why it is kept dense; empty if it is compressed.
-      state_bytes: bytes of what the state keeps for it.
-      full_bytes: bytes of a full-size buffer of the same dtype.
+      dtype: of what the state keeps for it, by its name.
+      state_bytes: bytes of that; of integers and their scales.
+      full_bytes: bytes of a full-size buffer in the same dtype; for integers, in float32, or in the
+        parameter's if wider.
     """
 
     transformation: str
@@ -33,6 +35,7 @@ class ReportRow(NamedTuple):
     rank: int | None
     side: int | None
     reason: str
+    dtype: str
     state_bytes: int
     full_bytes: int
 
@@ -64,9 +67,9 @@ class StateReport:
             rows = [row for row in self.rows if row.transformation == transformation]
             part = StateReport(tuple(rows))
             sizes = _sizes(part.state_bytes, part.full_bytes)
-            total = (f"total of {len(rows)} leaves", "", "", "", *sizes, "")
+            total = (f"total of {len(rows)} leaves", "", "", "", "", *sizes, "")
             lines += [(transformation,), _HEADER, *map(_cells, rows), total]
-        return "\n".join([_table(lines, "<<>>>>><"), *self.notes])
+        return "\n".join([_table(lines, "<<>><>>><"), *self.notes])
 
     @property
     def notes(self) -> list[str]:
@@ -102,10 +105,10 @@ def state_report(tx: optax.GradientTransformation, params: Any) -> StateReport:
     >>> tx = optax.chain(optax.adafactor(1e-3), florax.flora_momentum(rank=256))
     >>> print(florax.state_report(tx, params))
     flora_momentum
-    leaf           shape      rank  side  state      full size  share   kept dense because
-    ['bias']       6400       -     -      25.0 KiB   25.0 KiB  100.0%  1-D
-    ['kernel']     1600×6400  256   1600    6.2 MiB   39.1 MiB   16.0%
-    total of 2 leaves                       6.3 MiB   39.1 MiB   16.1%
+    leaf           shape      rank  side  dtype    state      full size  share   kept dense because
+    ['bias']       6400       -     -     float32   25.0 KiB   25.0 KiB  100.0%  1-D
+    ['kernel']     1600×6400  256   1600  float32    6.2 MiB   39.1 MiB   16.0%
+    total of 2 leaves                                6.3 MiB   39.1 MiB   16.1%
 
     Source: the memory of sketches against full-size buffers, Hao et al., 2024 (arXiv:2402.03293).
     """
@@ -124,7 +127,9 @@ def _rows(sketches: _sketches.Sketches) -> list[ReportRow]:
     for leaf, kept in zip(sketches.plan, sketches.leaves(), strict=True):
         # In `per_layer` a leaf is a layer's, and what is kept has a leading axis of layers.
         layers = kept.shape[: kept.ndim - len(leaf.stored_shape)]
-        shape = (*layers, *leaf.shape)
+        shape, full = (*layers, *leaf.shape), kept.dtype
+        if _stored.is_quantized(kept):
+            full = jnp.promote_types(leaf.dtype, jnp.float32)
         rows.append(
             ReportRow(
                 sketches.settings[0],
@@ -133,8 +138,9 @@ def _rows(sketches: _sketches.Sketches) -> list[ReportRow]:
                 leaf.rank,
                 None if leaf.rank is None else math.prod(leaf.shape[i] for i in leaf.columns),
                 leaf.reason,
-                kept.size * kept.dtype.itemsize,
-                math.prod(shape) * kept.dtype.itemsize,
+                kept.dtype.name,
+                sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)),
+                math.prod(shape) * full.itemsize,
             )
         )
     return rows
@@ -259,13 +265,17 @@ def gradient_report(
     return GradientReport(tuple(rows))
 
 
-_HEADER = ("leaf", "shape", "rank", "side", "state", "full size", "share", "kept dense because")
+_HEADER = (
+    *("leaf", "shape", "rank", "side", "dtype", "state", "full size", "share"),
+    "kept dense because",
+)
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:
     shape = _shape(row.shape)
     geometry = ("-", "-") if row.rank is None else (str(row.rank), str(row.side))
-    return (row.path, shape, *geometry, *_sizes(row.state_bytes, row.full_bytes), row.reason)
+    sizes = _sizes(row.state_bytes, row.full_bytes)
+    return (row.path, shape, *geometry, row.dtype, *sizes, row.reason)
 
 
 def _sizes(state_bytes: int, full_bytes: int) -> tuple[str, str, str]:

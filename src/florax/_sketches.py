@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from florax import _boxes, _dimensions, _keys, _leaves, _meshes, _projection
+from florax import _boxes, _dimensions, _keys, _leaves, _meshes, _stored
 
 T = TypeVar("T")
 
@@ -78,9 +79,10 @@ class Sketches:
 
     Attributes:
       arrays: a tree like the parameters; per leaf the sketch, shape `(*batch, *rows, rank)`, or,
-        for a leaf that is kept dense, an array of its own shape.
-      words: by its name, per compressed leaf the words that its projections are drawn from, shape
-        `(2,)`, uint32. Saved with the sketch, they are right whatever the leaf is called later.
+        for a leaf that is kept dense, an array of its own shape; in few bits, a `Quantized` one.
+      words: by its name, per leaf that is compressed or in few bits the words that its projections
+        and roundings are drawn from, shape `(2,)`, uint32. Saved with the sketch, they are right
+        whatever the leaf is called later.
       key: base key of the projections, raw threefry data, shape `(2,)`, uint32.
       cycle: which projections the sketches are read with, shape `()`, int32.
       digest: of the plan and the settings, shape `(2,)`, uint32: tells a state that was saved under
@@ -109,23 +111,38 @@ class Sketches:
     ) -> "Sketches":
         """Of zero, for planned `params`; `dtype` gives the state's dtype for a parameter's."""
         register_with_flax(cls, ("arrays", "words", "key", "cycle", "digest"))
+        register_with_flax(_stored.Quantized, ("words", "scales"))
         flat = jax.tree.leaves(params)
         with sending():
             zeros = [leaf.zeros(x, dtype(leaf.dtype)) for leaf, x in zip(plan, flat, strict=True)]
-            words = {leaf.path: jnp.array(_keys.words(leaf.path)) for leaf in plan if leaf.rank}
+            words = {
+                leaf.path: jnp.array(_keys.words(leaf.path))
+                for leaf, own in zip(plan, zeros, strict=True)
+                if leaf.rank or _stored.is_quantized(own)
+            }
             digest, cycle = jnp.array(_digest(plan, settings)), jnp.zeros([], jnp.int32)
             base = _keys.base_key(key)
-        arrays = _boxes.fill(params, zeros, [leaf.kept_axes for leaf in plan])
+        pairs = zip(zeros, plan, strict=True)
+        axes = [_stored.named(own, leaf.kept_axes) for own, leaf in pairs]
+        arrays = _boxes.fill(params, zeros, axes)
         return cls(arrays, words, base, cycle, digest, plan, settings)
 
-    def leaves(self) -> list[jax.Array]:
-        """The arrays in the order of `plan`."""
-        return jax.tree.leaves(self.arrays)
+    def leaves(self) -> list[_stored.Stored]:
+        """What is stored, in the order of `plan`."""
+        return jax.tree.leaves(self.arrays, is_leaf=_stored.is_quantized)
 
-    def replace(self, leaves: Sequence[jax.Array], **fields: Any) -> "Sketches":
-        """The same with other arrays, given in the order of `plan`."""
-        arrays = jax.tree.unflatten(jax.tree.structure(self.arrays), leaves)
-        return dataclasses.replace(self, arrays=arrays, **fields)
+    def read(self) -> list[jax.Array]:
+        """The arrays in the order of `plan`."""
+        return [_stored.read(own) for own in self.leaves()]
+
+    def replace(self, leaves: Sequence[_stored.Stored], **fields: Any) -> "Sketches":
+        """The same with others stored, given in the order of `plan`."""
+        treedef = jax.tree.structure(self.arrays, is_leaf=_stored.is_quantized)
+        return dataclasses.replace(self, arrays=jax.tree.unflatten(treedef, leaves), **fields)
+
+    def zeroed(self, **fields: Any) -> "Sketches":
+        """The same with zeros stored."""
+        return dataclasses.replace(self, arrays=jax.tree.map(jnp.zeros_like, self.arrays), **fields)
 
     def checked(self, settings: tuple[Any, ...]) -> tuple["Sketches", jax.Array]:
         """The same, refused if it was made under other settings; and whether it was not.
@@ -148,7 +165,8 @@ class Sketches:
                 ". Pass the settings that the state was made with, or call init again."
             )
         pairs = zip(self.plan, self.leaves(), strict=True)
-        return self.replace([where_true(same, x) if leaf.rank else x for leaf, x in pairs]), same
+        nan = functools.partial(where_true, same)
+        return self.replace([_stored.scaled(nan, x) if leaf.rank else x for leaf, x in pairs]), same
 
     def keys(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
         """By its name, per compressed leaf, or some of them, the keys of its matrices, `(n, 2)`."""
@@ -171,7 +189,7 @@ class Sketches:
         triples = zip(arrays, _keys.rows(stamps), leaves, strict=True)
         return [Sketch(x, _meshes.varying_as(stamp, x), leaf) for x, stamp, leaf in triples]
 
-    def read(self, sketches: Sequence[Sketch]) -> list[jax.Array]:
+    def admit(self, sketches: Sequence[Sketch]) -> list[jax.Array]:
         """Their arrays, if they were made with the projections of the cycle; else NaN."""
         # All together, but for those whose stamps have other axes of a `shard_map` in their type.
         groups: dict[Any, list[int]] = {}
@@ -219,7 +237,7 @@ class Sketches:
         """Per leaf the sketch of its gradient, which may be one already; dense ones as they are."""
         pairs = list(zip(self.plan if leaves is None else leaves, grads, strict=True))
         drawn = self.draw([leaf for leaf, grad in pairs if not isinstance(grad, Sketch)])
-        born = iter(self.read([grad for _, grad in pairs if isinstance(grad, Sketch)]))
+        born = iter(self.admit([grad for _, grad in pairs if isinstance(grad, Sketch)]))
         sketches = []
         for leaf, grad in pairs:
             if isinstance(grad, Sketch):
@@ -269,31 +287,37 @@ class Sketches:
             )
         return [named[path] for path in planned]
 
-    def round(self, values: Sequence[jax.Array], *counts: jax.typing.ArrayLike) -> list[jax.Array]:
-        """Round what the leaves keep to the state's dtypes; `counts` say which rounding it is.
+    def round(
+        self, values: Sequence[jax.Array], *counts: jax.typing.ArrayLike
+    ) -> list[_stored.Stored]:
+        """Round what the leaves keep to the state's numbers; `counts` say which rounding it is.
 
-        Sketches are rounded stochastically, so that they are right on average; leaves that are kept
-        dense are cast, as Optax does.
+        Sketches and integers are rounded stochastically, so that they are right on average; leaves
+        that are kept dense in floats are cast, as Optax does.
         """
-        pairs = [*zip(self.plan, values, self.leaves(), strict=True)]
-        narrowed = [
-            leaf.path
-            for leaf, value, old in pairs
-            if leaf.rank and jnp.promote_types(value.dtype, old.dtype) != old.dtype
-        ]
-        keys = {}
-        if narrowed:
-            base = _keys.fold(self.key, *counts)
-            words = _keys.fold_words(base, jnp.stack([self.words[path] for path in narrowed]))
-            # One fold more than for a projection: no rounding shares a key with one.
-            words = _keys.fold_words(words, jnp.zeros_like(words))
-            keys = dict(zip(narrowed, _keys.rows(words), strict=True))
-        return [
-            _projection.stochastic_round(value, old.dtype, keys[leaf.path])
-            if leaf.path in keys
-            else value.astype(old.dtype)
-            for leaf, value, old in pairs
-        ]
+        triples = [*zip(self.plan, values, self.leaves(), strict=True)]
+        keys = self.rounding_keys(
+            [
+                leaf.path
+                for leaf, value, old in triples
+                if _stored.is_quantized(old)
+                or (leaf.rank and jnp.promote_types(value.dtype, old.dtype) != old.dtype)
+            ],
+            *counts,
+        )
+        return [_stored.write(old, value, keys.get(leaf.path)) for leaf, value, old in triples]
+
+    def rounding_keys(
+        self, paths: Sequence[str], *counts: jax.typing.ArrayLike
+    ) -> dict[str, jax.Array]:
+        """By its name, per leaf the words that its rounding of these counts is drawn from."""
+        if not paths:
+            return {}
+        base = _keys.fold(self.key, *counts)
+        words = _keys.fold_words(base, jnp.stack([self.words[path] for path in paths]))
+        # One fold more than for a projection: no rounding shares a key with one.
+        words = _keys.fold_words(words, jnp.zeros_like(words))
+        return dict(zip(paths, _keys.rows(words), strict=True))
 
 
 def _digest(plan: Sequence[_leaves.Leaf], settings: tuple[Any, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from florax import _dependencies, _jaxprs, _stacks
 
-Maker = Callable[[jax.Array], jax.Array]
+Maker = Callable[[Any], jax.Array]
 
 
 class NoMap(ValueError):
@@ -83,8 +83,11 @@ class Update:
         self._done: set[int] = set()  # equations
         self._last: list[Any] = []  # the results that were computed last
 
-    def give(self, number: int, source: jax.Array, make: Maker = lambda gradient: gradient) -> None:
-        """Give the gradient of leaf `number`, which is made from its source when it is needed."""
+    def give(self, number: int, source: Any, make: Maker = lambda gradient: gradient) -> None:
+        """Give the gradient of leaf `number`, which is made from its source when it is needed.
+
+        That is an array, or a tree of them.
+        """
         var = self._gradients[number]
         self._inputs[var], self._makers[var] = source, make
         self._given.add(number)

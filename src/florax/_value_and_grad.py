@@ -4,7 +4,10 @@ The loss is traced and its program evaluated again with the weights to be compre
 through it (`_evaluator`), and that is differentiated.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +25,8 @@ from florax import (
     _leaves,
     _meshes,
     _sketches,
+    _slots,
+    _stored,
     _weights,
 )
 
@@ -163,24 +168,29 @@ def with_keys(sketches: _sketches.Sketches) -> list[Born]:
 
 
 def differentiate(
-    program: Program, found: dict[int, Born], totals: dict[int, jax.Array]
+    program: Program,
+    found: dict[int, Born],
+    totals: dict[int, jax.Array],
+    slots: Mapping[int, _slots.Slot] = MappingProxyType({}),
 ) -> tuple[list[jax.Array], dict[int, jax.Array], dict[int, jax.Array]]:
     """Results, sketches and dense gradients, by number of the leaf, of a traced loss.
 
-    To `totals` the sketches of the leaves in `found` are added, in place where XLA may.
+    To `totals` the sketches of the leaves in `found` are added, in place where XLA may; those of
+    leaves that have `slots` are added to what is there.
     """
     dense = {i: leaf for i, leaf in enumerate(program.leaves) if i not in found}
 
-    def loss(carriers: dict[int, jax.Array], dense: dict[int, jax.Array]) -> Any:
-        (value, *aux), carriers, _ = _evaluate(program, found, carriers, dense)
+    def loss(carriers: dict[int, jax.Array], dense: dict[int, jax.Array], pulse: jax.Array) -> Any:
+        own = {i: dataclasses.replace(slot, pulse=pulse) for i, slot in slots.items()}
+        (value, *aux), carriers, _ = _evaluate(program, found, carriers, dense, own)
         return (value, carriers), aux
 
     found = _with_projections(program, found)
     carriers = {
         number: _meshes.varying_as(jnp.zeros_like(total), total) for number, total in totals.items()
     }
-    (value, _), pull, aux = jax.vjp(loss, carriers, dense, has_aux=True)
-    sketches, grads = pull((jnp.ones_like(value), totals))
+    (value, _), pull, aux = jax.vjp(loss, carriers, dense, jnp.zeros([]), has_aux=True)
+    sketches, grads, _ = pull((jnp.ones_like(value), totals))
     return [value, *aux], sketches, grads
 
 
@@ -213,7 +223,7 @@ def obstacles(program: Program, found: dict[int, Born]) -> dict[int, tuple[str, 
 
     def probe() -> None:
         carriers = {i: jnp.zeros(own.leaf.stored_shape) for i, own in found.items()}
-        _, _, own = _evaluate(program, found, carriers, dict(enumerate(program.leaves)))
+        _, _, own = _evaluate(program, found, carriers, dict(enumerate(program.leaves)), {})
         notes.update({number: tuple(reasons) for number, reasons in own.items()})
 
     jax.eval_shape(probe)
@@ -225,12 +235,13 @@ def _evaluate(
     found: dict[int, Born],
     carriers: dict[int, jax.Array],
     dense: dict[int, jax.Array],
+    slots: dict[int, _slots.Slot],
 ) -> tuple[list[Any], dict[int, jax.Array], dict[int, dict[str, None]]]:
     """Results of the loss, the carriers after their last use, and notes on dense uses."""
     # What is only reported is not differentiated.
     is_loss = [number == 0 for number in range(len(program.jaxpr.outvars))]
     wanted, findings = _dependencies.wanted(program.jaxpr, tuple(is_loss)), _evaluator.Findings()
-    evaluator = _evaluator.Evaluator(dict(carriers), wanted, findings)
+    evaluator = _evaluator.Evaluator(dict(carriers), slots, wanted, findings)
     params: list[Any] = []
     for number, leaf in enumerate(program.leaves):
         if number in found:
@@ -239,9 +250,12 @@ def _evaluate(
             params.append(weight)
         else:
             params.append(dense[number])
+    # What is not scanned over once has all of its uses added up before it is written.
+    scanned = _dependencies.scanned_once(program.jaxpr) if slots else ()
+    evaluator.begin(itertools.compress(params, (not own for own in scanned)))
     value, *aux = evaluator.run(program.jaxpr, program.consts, *params)
     (value,) = evaluator.plain([value], "the loss itself")
-    return [value, *_weights.arrays(aux)], evaluator.totals, findings.notes
+    return [value, *_weights.arrays(aux)], evaluator.returned(), findings.notes
 
 
 def value_and_grad(
@@ -304,10 +318,10 @@ def value_and_grad(
     def value_and_grad_fn(*args: Any, opt_state: Any, **kwargs: Any) -> tuple[Any, Any]:
         program = trace_loss(loss_fn, argnums, has_aux, args, kwargs)
         found = born(tx, opt_state, program)
-        totals = {
-            i: how.leaf.zeros(program.leaves[i], jnp.promote_types(how.leaf.dtype, jnp.float32))
-            for i, how in found.items()
-        }
+        totals = {}
+        for i, how in found.items():
+            dtype = jnp.promote_types(how.leaf.dtype, jnp.float32)
+            totals[i] = _stored.read(how.leaf.zeros(program.leaves[i], dtype))
         results, sketches, dense = differentiate(program, found, totals)
         grads: list[Any] = [dense.get(i) for i in range(len(program.leaves))]
         for own in {id(born.sketches): born.sketches for born in found.values()}.values():

@@ -1,5 +1,6 @@
 """Whole steps inside one jit: from a loss, an optimizer and data to new parameters."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from florax import (
     _dimensions,
     _layerwise,
     _sketches,
+    _slots,
+    _stored,
     _value_and_grad,
 )
 
@@ -30,8 +33,10 @@ def value_and_update(
     one's sketches are added to the state's in place, and with them what is kept dense, so that
     neither a second set of sketches nor a full-size gradient of a compressed matrix exists. The
     update then proceeds as by `finish`: leaf by leaf, and by layers where there is a `per_layer` in
-    it. In 16 bits (`accumulator_dtype`), and with `should_skip_update_fn`, every micro-batch's
-    gradients are made first and added then, as `value_and_grad` and `accumulate` do.
+    it. An accumulator of 8 or 4 bits travels the same way: of a stack that the loss scans over, one
+    layer's gradient, or sketch, is there in float32 at a time. In 16 bits (`accumulator_dtype`),
+    and with `should_skip_update_fn`, every micro-batch's gradients are made first and added then,
+    as `value_and_grad` and `accumulate` do.
 
     With `layerwise=True` one layer's gradient is alive at a time. It is for a model whose layers
     are stacked and scanned (`jax.lax.scan`, `flax.nnx.scan`, `flax.linen.scan`): `per_layer` in
@@ -186,16 +191,29 @@ def _sum_in_place(
     found = {numbers[own.leaf.path]: own for own in born}
     again: list[Callable[..., Any]] = []
 
-    def micro_step(sums: dict[int, jax.Array], batch: tuple[Any, ...]) -> Any:
+    def micro_step(sums: dict[int, jax.Array], xs: tuple[jax.Array, tuple[Any, ...]]) -> Any:
+        index, batch = xs
         program = _value_and_grad.trace_loss(loss_fn, 0, has_aux, (params, *batch), {})
         again.append(program.result)
-        results, new, _ = _value_and_grad.differentiate(program, found, sums)
+        own = dict(slots)
+        for (state, _), plan in zip(reached, plans, strict=True):
+            written = [number for number in plan if number in slots]
+            paths = [found[number].leaf.path for number in written]
+            counts = state.gradient_step, state.mini_step + index
+            keys = state.sketch.rounding_keys(paths, *counts)
+            for number, path in zip(written, paths, strict=True):
+                own[number] = dataclasses.replace(slots[number], key=keys[path])
+        results, new, _ = _value_and_grad.differentiate(program, found, sums, own)
         return new, results
 
-    sums: dict[int, jax.Array] = {}
+    sums: dict[int, _stored.Stored] = {}
     for (state, seen), plan in zip(reached, plans, strict=True):
         sums.update(zip(plan, seen.owner.sums(state), strict=True))
-    sums, results = jax.lax.scan(micro_step, sums, micro_batches)
+    slots = {i: _slots.Slot.of(own) for i, own in sums.items() if _stored.is_quantized(own)}
+    carried = {i: _stored.read(own) for i, own in sums.items() if i not in slots}
+    xs = (jnp.arange(count, dtype=jnp.int32), micro_batches)
+    carried, results = jax.lax.scan(micro_step, carried, xs)
+    sums = {**carried, **{i: slot.array() for i, slot in slots.items()}}
     new_states = [
         seen.owner.with_sums(state, [sums[number] for number in plan], count)
         for (state, seen), plan in zip(reached, plans, strict=True)

@@ -124,6 +124,37 @@ class Part:
             new = step.write(array, new, positions)
         return new
 
+    def own(self) -> "Part":
+        """The same of an array that is this part, as `take` gives it, and no more."""
+        named = sorted(axis for axis in self.axes if axis is not None)
+        axes = tuple(None if axis is None else named.index(axis) for axis in self.axes)
+        return Part(axes, tuple(self.shape[axis] for axis in named))
+
+    def leading(self, count: int) -> "Part | None":
+        """The same of what has no such part's last axes, `count` of them.
+
+        None if a step on the way changes these, or takes a part of them.
+        """
+        steps = []
+        for step in self.steps:
+            lead = len(step.before) - count
+            last, axes = step.before[lead:], step.axes
+            if step.kind == "reshape":
+                is_apart = axes[len(axes) - count :] == last
+                axes = axes[: len(axes) - count]
+            elif step.kind == "slice":
+                first, limits = axes
+                is_apart = first[lead:] == (0,) * count and limits[lead:] == last
+                axes = (first[:lead], limits[:lead])
+            else:  # the axes of a "reverse", and the first of what a "take" has
+                is_apart = all(a < lead for a in (axes[:1] if step.kind == "take" else axes))
+            if not is_apart:
+                return None
+            steps.append(_Step(step.kind, step.before[:lead], axes))
+        lead = len(self.shape) - count
+        own = tuple(None if axis is None or axis >= lead else axis for axis in self.axes)
+        return Part(own, self.shape[:lead], tuple(steps))
+
     def _named(self, part: jax.Array, lead: int) -> jax.Array:
         sizes = [self.shape[axis] for axis in sorted(a for a in self.axes if a is not None)]
         head, tail = part.shape[:lead], part.shape[lead + len(self.shape) :]
@@ -279,6 +310,10 @@ class View:
         own = sorted(a for a in self.keys.axes[1:] if a is not None)
         axes = (None, *(None if a is None else own.index(a) for a in self.keys.axes[1:]))
         return dataclasses.replace(self, keys=Part(axes, shape))
+
+    def with_own_sketch(self) -> "View":
+        """The same for a sketch of what is in view, and of no more."""
+        return dataclasses.replace(self, sketch=self.sketch.own())
 
     def draw(self, keys: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
         """The projections in view, `(*stack, rank, *columns)`, float32.

@@ -5,13 +5,13 @@ entries moved, or multiplied by factors. They know nothing of gradients but what
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from florax import _jaxprs, _pieces, _terms, _uses, _views
+from florax import _jaxprs, _pieces, _slots, _terms, _uses, _views
 
 
 @jax.tree_util.register_dataclass
@@ -82,6 +82,31 @@ class Weight:
             pieces.append(piece.place(0, 1, len(source.positions)).squeeze([0]))
             sources.append(source._replace(positions=(*source.positions, index)))
         return self.replace(pieces, array=array, root=root, sources=tuple(sources))
+
+    def can_be_written(self, slots: Mapping[int, _slots.Slot], counts: Mapping[int, int]) -> bool:
+        """Whether every position along the first axis can be, by itself and once.
+
+        `counts` says how many pieces of each weight there are.
+        """
+        if not self.shape[0]:
+            return False
+        firsts = [piece.place(0, 1, 0).view for piece in self.pieces]
+        return all(
+            piece.number not in slots
+            or (counts[piece.number] == 1 and slots[piece.number].can_write(first))
+            for piece, first in zip(self.pieces, firsts, strict=True)
+        )
+
+    def written(self, slots: Mapping[int, _slots.Slot], totals: dict[int, jax.Array]) -> "Weight":
+        """With totals, which are put among the others, that are written into slots."""
+        pieces = []
+        for piece, source in zip(self.pieces, self.sources, strict=True):
+            if piece.number in slots:
+                view, total = slots[piece.number].total(piece.view, source.positions)
+                totals[piece.number] = total
+                piece = piece.moved(view, piece.offset)
+            pieces.append(piece)
+        return self.replace(pieces)
 
     def times(self, scale: jax.Array) -> "Weight":
         """With a factor, which the array has already, noted of its pieces."""
