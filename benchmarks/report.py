@@ -11,6 +11,8 @@ from typing import Any
 
 from florax_benchmarks import results, summary, tables
 
+VARIED = ("method", "methods", "variant")  # along the rows of a table
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -21,7 +23,7 @@ def main(s: Settings) -> None:
     for benchmark, table in tables.OF.items():
         groups: dict[str, dict[str, dict[str, Any]]] = {}
         for row in results.read(s.results, benchmark):  # a newer row takes the place of an older
-            names = {k: v for k, v in row["settings"].items() if k not in ("method", "methods")}
+            names = {k: v for k, v in row["settings"].items() if k not in VARIED}
             title = ", ".join(
                 [*(f"{k} {v}" for k, v in names.items()), row["conditions"]["device"]]
             )

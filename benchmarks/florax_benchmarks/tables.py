@@ -87,6 +87,22 @@ def compile_time(rows: list[Row]) -> str:
     return failures + table(header, cells)
 
 
+def frontier(rows: list[Row]) -> str:
+    """The fewest bytes last."""
+    rows = sorted(rows, key=lambda r: -r["share"])
+    cells = [
+        [
+            r["settings"]["variant"],
+            f"{r['share']:.4f}",
+            f"{r['loss']:.3f}",
+            f"{max(r['losses']) - min(r['losses']):.3f}",
+            f"{r['learning_rate']:g}",
+        ]
+        for r in rows
+    ]
+    return table(["accumulator", "share of bytes", "loss", "spread", "learning rate"], cells)
+
+
 def _of(rows: list[Row], method: str) -> Row | None:
     return next((r for r in rows if r["settings"]["method"] == method), None)
 
@@ -100,6 +116,7 @@ OF = {
     "peers": peers,
     "host_time": host_time,
     "compile_time": compile_time,
+    "frontier": frontier,
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -30,13 +31,20 @@ def make(settings: Training, method: str, peak: float) -> optax.GradientTransfor
         kind = {"projection": s.projection, "key": s.seed}
         if s.momentum:
             momentum = florax.flora_momentum(
-                rank_of(s), s.momentum, s.resample_every, residual=s.residual, **kind
+                rank_of(s),
+                s.momentum,
+                s.resample_every,
+                residual=s.residual,
+                accumulator_dtype=_dtype(s.momentum_dtype),
+                **kind,
             )
             base = optax.chain(base, momentum)
         base = _per_layer(s, base)
         if s.accumulate == 1:
             return base
-        return florax.flora_accumulate(base, s.accumulate, rank_of(s), **kind)
+        rank = rank_of(s) if s.accumulator == "sketch" else lambda path, leaf: None
+        dtype = _dtype(s.accumulator_dtype)
+        return florax.flora_accumulate(base, s.accumulate, rank, accumulator_dtype=dtype, **kind)
 
     if s.momentum and s.optimizer != "adamw":  # which has its own
         base = optax.chain(base, optax.ema(s.momentum, debias=False))
@@ -70,7 +78,7 @@ def step(s: Training, method: str, tx: optax.GradientTransformation, loss: Loss)
 def compresses_anything(settings: Training, params: Any) -> bool:
     """Whether FLORA, at this rank, is anything else than the naive method."""
     report = florax.state_report(make(settings, "flora", 1.0), params)
-    return not report.rows or any(row.rank for row in report.rows)
+    return not report.rows or report.state_bytes < report.full_bytes
 
 
 def accumulator(state: Any) -> tuple[Any, Any]:
@@ -90,6 +98,11 @@ def rank_of(settings: Training) -> Any:
         return settings.rank if chosen else None
 
     return rank
+
+
+def _dtype(name: str) -> Any:
+    """Of an accumulator; None: what it has by itself, float32 or the weights' own."""
+    return None if name == "float32" else jnp.dtype(name)
 
 
 def _base(s: Training, method: str, peak: float) -> optax.GradientTransformation:

@@ -57,6 +57,10 @@ class Training:
     resample_every: int = 1000  # updates that share a projection of the momentum
     projection: Literal["cosine", "gaussian"] = "cosine"  # with orthonormal rows, or the paper's
     residual: bool = True  # pass on without momentum what a sketch misses of a gradient
+    accumulator: Literal["sketch", "full"] = "sketch"  # of those layers; full: of their own size
+    # of the accumulator, embeddings and all: float32, or integers with scales
+    accumulator_dtype: Literal["float32", "int8", "int4", "int2"] = "float32"
+    momentum_dtype: Literal["float32", "int8", "int4"] = "float32"  # the same of the momentum
     freeze_a: bool = False  # of the adapters train B only: the paper's LoRA(B)
     # whether gradients are born as sketches, or compressed once they exist
     gradients: Literal["sketched", "dense"] = "sketched"
