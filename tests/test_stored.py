@@ -13,6 +13,13 @@ import florax
 from florax import _stored
 
 INTEGERS = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """These tests are about values, not about speed."""
+
+
 ALL_BITS = pytest.mark.parametrize("bits", INTEGERS)
 # Products of float32 and their sums with noise, below 128: three roundings of 2⁻²⁴ each of at most
 # 127, and one of half of the 2⁻¹⁷ between such numbers; together less than 2⁻¹⁵ of a unit.
@@ -106,8 +113,25 @@ SHAPES = [
 EMPTY = [(0,), (0, 5), (5, 0), (0, 70), (70, 0), (2, 0, 64)]
 
 
-@ALL_BITS
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def by_day(shape, bits):
+    """By night all combinations."""
+    shapes = [*SHAPES, *EMPTY]
+    return shape in [(3,), (65,), (5, 7, 4)] or shapes.index(shape) % 3 == bits.bit_length() - 2
+
+
+def every(*shapes):
+    return pytest.mark.parametrize(
+        "shape, bits",
+        [
+            pytest.param(shape, bits, marks=() if by_day(shape, bits) else pytest.mark.slow)
+            for shape in shapes
+            for bits in INTEGERS
+        ],
+        ids=str,
+    )
+
+
+@every(*SHAPES)
 def test_words_and_scales_are_those_of_the_description(bits, shape):
     value = normal(1, *shape)
     array = stored(value, bits, seed=2)
@@ -129,8 +153,7 @@ def test_words_and_scales_are_those_of_the_description(bits, shape):
     assert_array_equal(read(array), exact.astype(np.float32))
 
 
-@ALL_BITS
-@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@every(*SHAPES, *EMPTY)
 def test_what_is_read_has_the_shape_and_is_within_a_scale(bits, shape):
     value = normal(3, *shape)
     array = stored(value, bits)
@@ -142,8 +165,7 @@ def test_what_is_read_has_the_shape_and_is_within_a_scale(bits, shape):
     assert_array_equal(read(zeros(shape, bits)), np.zeros(shape))
 
 
-@ALL_BITS
-@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@every(*SHAPES, *EMPTY)
 def test_bytes_are_four_for_every_word_and_every_scale(bits, shape):
     array = zeros(shape, bits)
     rows, size, blocks, words = geometry(shape, bits)
@@ -325,6 +347,14 @@ def test_16_bit_values_are_written_as_the_same_numbers_in_float32(bits, dtype):
 # --- the same bits wherever it is done
 
 
+@pytest.fixture
+def optimized():
+    """What is compiled in a test that names it is compiled as ever: products and sums are fused."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def assert_same_bits(a, b):
     assert_array_equal(a.words, b.words)
     assert_array_equal(a.scales, b.scales)
@@ -332,16 +362,16 @@ def assert_same_bits(a, b):
 
 
 @ALL_BITS
-@pytest.mark.parametrize("shape", [(), (37,), (7, 129), (5, 7, 4)], ids=str)
-def test_jit_changes_no_bits(bits, shape):
+@pytest.mark.parametrize("shape", [(), (7, 129)], ids=str)
+def test_jit_changes_no_bits(bits, shape, optimized):
     value, like = normal(13, *shape), zeros(shape, bits)
     one_by_one = _stored.write(like, value, key(3))
-    assert_same_bits(write(like, value, key(3)), one_by_one)
-    assert_array_equal(read(one_by_one), _stored.read(one_by_one))
+    assert_same_bits(jax.jit(_stored.write)(like, value, key(3)), one_by_one)
+    assert_array_equal(jax.jit(_stored.read)(one_by_one), _stored.read(one_by_one))
 
 
 @ALL_BITS
-@pytest.mark.parametrize("shape", [(), (37,), (7, 129), (5, 7, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(), (7, 129), (5, 7, 4)], ids=str)
 def test_a_stack_under_vmap_is_written_as_its_members_are(bits, shape):
     values, like, own = normal(14, 3, *shape), zeros(shape, bits), keys(15, 3)
     likes = jax.tree.map(lambda x: jnp.stack([x] * 3), like)
@@ -354,7 +384,7 @@ def test_a_stack_under_vmap_is_written_as_its_members_are(bits, shape):
 
 
 @ALL_BITS
-@pytest.mark.parametrize("shape", [(4, 70), (4, 3, 70), (4, 5, 8, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 70), (4, 5, 8, 5)], ids=str)
 def test_a_part_written_with_its_rows_has_the_bits_of_the_whole(bits, shape):
     value, like = normal(16, *shape), zeros(shape, bits)
     whole = write(like, value, key(4))
