@@ -1,4 +1,4 @@
-"""Transformations whose accumulators are in 8, 4 or 2 bits: their bytes, their states, their bits."""
+"""Accumulators in 8, 4 or 2 bits: their bytes, their states, and the same bits everywhere."""
 
 import functools
 import io
@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import florax
-from florax import _stored
+from florax import _sketches
 
 INTEGERS = {jnp.int8: 8, jnp.int4: 4, jnp.int2: 2}
 
@@ -39,6 +39,9 @@ def accumulate(rank=3, dtype=jnp.int8, opt=None, every=3, **arguments):
     return florax.flora_accumulate(opt, every, rank, accumulator_dtype=dtype, **arguments)
 
 
+BY_DAY_8 = pytest.mark.parametrize(
+    "dtype", [jnp.int8, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.int4, jnp.int2))]
+)
 BOTH = pytest.mark.parametrize("make", [momentum, accumulate])
 PARAMS = {"bias": jnp.linspace(-1, 1, 40), "layer": [{"kernel": jnp.sin(jnp.arange(1, 241.0))}]}
 PARAMS["layer"][0]["kernel"] = PARAMS["layer"][0]["kernel"].reshape(12, 20)
@@ -99,10 +102,6 @@ def kept_shape(name, rank, side):
     return (*stack, max(n, m) if side == "smaller" else min(n, m), rank)
 
 
-def per_layer(make, opt):
-    return florax.per_layer(opt, STACKED)
-
-
 @BOTH
 @pytest.mark.parametrize("side", ["smaller", "larger"])
 @pytest.mark.parametrize("rank", [None, 8, 40])
@@ -127,7 +126,7 @@ def test_the_bytes_are_those_of_the_theory_and_of_the_report(make, side, rank, d
         assert row.full_bytes == 4 * math.prod(row.shape) or dtype == jnp.bfloat16
         assert row.dtype == jnp.dtype(dtype or jnp.float32).name
     assert got == expected
-    sketches = florax._sketches.find(jax.eval_shape(tx.init, params), florax._sketches.Sketches)
+    sketches = _sketches.find(jax.eval_shape(tx.init, params), _sketches.Sketches)
     kept = [x for own in sketches for x in jax.tree.leaves(own.arrays)]
     assert report.state_bytes == sum(x.size * x.dtype.itemsize for x in kept)
 
@@ -246,17 +245,14 @@ def sharded(tree, specs, mesh):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
+def both(rank):
+    """An accumulation in 8 bits around a momentum in 4."""
+    return accumulate(rank, jnp.int8, momentum(rank, jnp.int4), every=2)
+
+
 @functools.cache
 def on_one_device(tx):
-    return run(tx, jax.jit(tx.init)(WIDE), range(4), WIDE)
-
-
-ON_MESHES = {
-    "momentum": momentum(full_size, jnp.int8),
-    "momentum in 4 bits": momentum(full_size, jnp.int4),
-    "accumulation": accumulate(full_size, jnp.int8),
-    "accumulation in 4 bits": accumulate(full_size, jnp.int4),
-}
+    return jax.device_get(run(tx, jax.jit(tx.init)(WIDE), range(5), WIDE))
 
 
 def on_mesh(tx, axis_type, specs):
@@ -264,45 +260,67 @@ def on_mesh(tx, axis_type, specs):
     with jax.set_mesh(mesh):
         params = sharded(WIDE, specs, mesh)
         state, updates = jax.jit(tx.init)(params), []
-        for seed in range(4):
+        update = jax.jit(tx.update)
+        for seed in range(5):
             grads = sharded(gradients(seed, WIDE), specs, mesh)
-            own, state = jax.jit(tx.update)(grads, state, params)
+            own, state = update(grads, state, params)
             updates.append(own)
         return jax.device_get((updates, state))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
-@pytest.mark.parametrize("tx", ON_MESHES.values(), ids=ON_MESHES.keys())
-def test_on_a_mesh_the_bits_are_those_of_one_device(tx, axis_type, specs):
-    chex.assert_trees_all_equal(on_mesh(tx, axis_type, specs), jax.device_get(on_one_device(tx)))
+AXIS_TYPES = pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+)
+FULL_SIZE, SKETCHED = both(full_size), both(3)
+
+
+@AXIS_TYPES
+@pytest.mark.parametrize(
+    "specs",
+    [pytest.param(SPECS[n], marks=() if n == "both" else pytest.mark.slow, id=n) for n in SPECS],
+)
+def test_on_a_mesh_the_bits_are_those_of_one_device(axis_type, specs):
+    """Two micro-batches: the halves of numbers are exact, of thirds XLA makes two kinds.
+
+    And without its optimizations it does not fuse products with sums.
+    """
+    chex.assert_trees_all_equal(on_mesh(FULL_SIZE, axis_type, specs), on_one_device(FULL_SIZE))
+
+
+@AXIS_TYPES
+def test_sketches_on_a_mesh_are_those_of_one_device_but_for_single_roundings(axis_type):
+    """Sums over divided columns are taken in another order, which tips one rounding in thousands.
+
+    A few times 2⁻²⁴ · 127 of a scale is what such sums may differ by: less than 10⁻³ of the
+    entries, and four or eight of these are in a word.
+    """
+    updates, state = on_mesh(SKETCHED, axis_type, SPECS["both"])
+    _, alone = on_one_device(SKETCHED)
+    pairs = [
+        (tree.sketch.arrays[name], other.sketch.arrays[name])
+        for tree, other in [(state, alone), (state.inner_opt_state, alone.inner_opt_state)]
+        for name in WIDE
+    ]
+    for a, b in pairs:
+        np.testing.assert_allclose(a.scales, b.scales, rtol=1e-3)
+        assert np.mean(a.words != b.words) < 0.01
+    chex.assert_tree_all_finite(updates)
 
 
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
-@pytest.mark.parametrize("make", [momentum, accumulate])
-def test_on_an_explicit_mesh_words_and_scales_are_divided_as_their_rows_are(make, specs):
+@BOTH
+def test_on_an_explicit_mesh_words_and_scales_are_divided_as_what_is_before_them(make, specs):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         params = sharded(WIDE, specs, mesh)
-        for rank in (full_size, 3):
-            arrays = jax.jit(make(rank).init)(params).sketch.arrays
-            for name in ("kernel", "stack"):
-                rows = jax.typeof(params[name]).sharding.spec
-                for own in (arrays[name].words, arrays[name].scales):
-                    if rank is full_size or name == "stack":
-                        assert tuple(jax.typeof(own).sharding.spec)[0] == rows[0]
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("make", [momentum, accumulate])
-def test_sketches_on_a_mesh_are_those_of_one_device_up_to_a_scale(make, axis_type):
-    """Sums over divided columns are taken in another order, and may be rounded to the other side."""
-    tx = make(3)
-    _, alone = on_one_device(tx)
-    _, state = on_mesh(tx, axis_type, SPECS["both"])
-    a, b = alone.sketch.arrays["kernel"], state.sketch.arrays["kernel"]
-    np.testing.assert_allclose(a.scales, b.scales, rtol=1e-3)
-    assert np.mean(np.asarray(a.words) != b.words) < 0.05
+        arrays = jax.eval_shape(make(full_size).init, params).sketch.arrays
+        for name in ("kernel", "stack"):
+            rows = specs[name][0]
+            for own in (arrays[name].words, arrays[name].scales):
+                assert own.sharding.spec[0] == rows
+        # The kernel's columns are divided by 8 at most; of its blocks there are 16.
+        columns = (*specs["kernel"], None)[1]
+        assert arrays["kernel"].words.sharding.spec[1] == columns
 
 
 # --- among other transformations
@@ -342,7 +360,7 @@ def test_a_wrapped_one_runs_without_compiling_again_in_the_dtypes_that_it_has(ma
     chex.assert_tree_all_finite(updates)
 
 
-@pytest.mark.parametrize("dtype", INTEGERS)
+@BY_DAY_8
 def test_hyperparameters_are_injected_with_the_dtype_static(dtype):
     injected = optax.inject_hyperparams(
         florax.flora_momentum, static_args=("rank", "accumulator_dtype")
@@ -394,7 +412,7 @@ def test_integers_work_in_64_bit_mode():
 # --- the numbers
 
 
-@pytest.mark.parametrize("dtype", INTEGERS)
+@BY_DAY_8
 def test_a_skipped_micro_step_changes_no_bit(dtype):
     def skip_large(grads, step, params):
         return grads["bias"][0] > 100, ()
@@ -439,42 +457,31 @@ def test_the_base_optimizer_sees_the_mean_within_the_scales_of_its_roundings(dty
     assert np.mean(abs(-updates - exact) < allowed / 2) > 0.5
 
 
-@pytest.mark.parametrize("rank", [full_size, 3], ids=["full size", "sketch"])
-def test_8_bits_are_right_on_average_over_base_keys(rank):
+def test_8_bits_are_right_on_average_over_base_keys():
     """The mean over many keys of the roundings is what float32 accumulates."""
-    params = jnp.zeros((12, 20))
-    grads = jax.random.normal(jax.random.key(1), (3, 12, 20))
+    count, grads = 500, jax.random.normal(jax.random.key(1), (3, 240))
 
-    def end(dtype, words):
-        tx = accumulate(rank, dtype)
-        state = tx.init(params)
-        if words is not None:  # which roundings and projections, of one key
-            own = jnp.array([0, words], jnp.uint32) if rank is full_size else state.sketch.key
-            state = state._replace(
-                sketch=state.sketch.__class__(**{**vars(state.sketch), "key": own})
-            )
+    def end(dtype, key):
+        tx = accumulate(full_size, dtype, key=key)
+        state = tx.init(grads[0])
         for grad in grads:
-            updates, state = tx.update(grad, state, params)
+            updates, state = tx.update(grad, state)
         return updates
 
-    many = jax.jit(jax.vmap(lambda words: end(jnp.int8, words)))(jnp.arange(500))
-    exact = end(jnp.float32, None)
-    if rank is full_size:
-        errors = np.asarray(many, np.float64) - exact
-        standard_error = errors.std(0) / math.sqrt(500)
-        # Some roundings in float32 of numbers below 4, and of quotients below 128 of a scale.
-        assert np.all(abs(errors.mean(0)) < 5 * standard_error + 2.0**-18)
-    else:
-        assert np.isfinite(many).all()
+    keys = jax.random.bits(jax.random.key(2), (count, 2), jnp.uint32)
+    many = np.asarray(jax.jit(jax.vmap(lambda key: end(jnp.int8, key)))(keys), np.float64)
+    errors = many - end(jnp.float32, 0)
+    standard_error = errors.std(0) / math.sqrt(count)
+    # Some roundings in float32 of numbers below 4, and of quotients below 128 of a scale.
+    assert np.all(abs(errors.mean(0)) < 5 * standard_error + 2.0**-18)
 
 
-def test_a_gradient_that_is_not_finite_is_forgotten_with_its_cycle():
+def test_what_is_not_finite_is_forgotten_with_its_cycle():
     tx = accumulate(full_size, jnp.int8, every=2)
-    state = tx.init(PARAMS)
     bad = {**gradients(0), "bias": jnp.full(40, jnp.nan)}
-    _, state = compiled(tx.update)(bad, state, PARAMS)
+    _, state = compiled(tx.update)(bad, tx.init(PARAMS), PARAMS)
     updates, state = compiled(tx.update)(gradients(1), state, PARAMS)
     assert jnp.isnan(updates["bias"]).all()
     chex.assert_tree_all_finite(updates["layer"])
-    _, state = run(tx, state, range(2))
-    chex.assert_tree_all_finite(jax.tree.map(_stored.read, state.sketch.arrays["bias"].scales))
+    (_, updates), _ = run(tx, state, range(2))
+    chex.assert_tree_all_finite(updates)
