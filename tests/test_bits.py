@@ -39,9 +39,11 @@ def accumulate(rank=3, dtype=jnp.int8, opt=None, every=3, **arguments):
     return florax.flora_accumulate(opt, every, rank, accumulator_dtype=dtype, **arguments)
 
 
-BY_DAY_8 = pytest.mark.parametrize(
-    "dtype", [jnp.int8, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.int4, jnp.int2))]
-)
+def by_night(*values):
+    return [pytest.param(*value, marks=pytest.mark.slow) for value in values]
+
+
+BY_DAY_8 = pytest.mark.parametrize("dtype", [jnp.int8, *by_night([jnp.int4], [jnp.int2])])
 BOTH = pytest.mark.parametrize("make", [momentum, accumulate])
 PARAMS = {"bias": jnp.linspace(-1, 1, 40), "layer": [{"kernel": jnp.sin(jnp.arange(1, 241.0))}]}
 PARAMS["layer"][0]["kernel"] = PARAMS["layer"][0]["kernel"].reshape(12, 20)
@@ -182,7 +184,13 @@ SAVED = {
 
 
 @pytest.mark.parametrize("save_and_restore", [with_pickle, with_orbax, with_flax, with_savez])
-@pytest.mark.parametrize("tx", SAVED.values(), ids=SAVED.keys())
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(tx, id=name, marks=() if "4 bits" in name else pytest.mark.slow)
+        for name, tx in SAVED.items()
+    ],
+)
 def test_a_restored_state_goes_on_bit_for_bit(tx, save_and_restore, tmp_path):
     if save_and_restore is with_flax:
         pytest.importorskip("flax.serialization")
@@ -198,7 +206,7 @@ def test_a_restored_state_goes_on_bit_for_bit(tx, save_and_restore, tmp_path):
 
 
 @BOTH
-@pytest.mark.parametrize("now", [jnp.int4, jnp.int2, None])
+@pytest.mark.parametrize("now", [jnp.int4, *by_night([jnp.int2], [None])])
 def test_the_state_says_in_how_many_bits_it_is_whatever_is_asked_for_later(make, now):
     """As in floats, a state goes on as it was made: no number is read in the wrong bits."""
     made, other = make(dtype=jnp.int8), make(dtype=now)
@@ -207,8 +215,10 @@ def test_the_state_says_in_how_many_bits_it_is_whatever_is_asked_for_later(make,
 
 
 @BOTH
-@pytest.mark.parametrize("saved, now", [(jnp.int8, jnp.int4), (jnp.int4, jnp.int8)])
-@pytest.mark.parametrize("size", [3, 40, 200])
+@pytest.mark.parametrize(
+    "saved, now", [(jnp.int8, jnp.int4), *by_night([jnp.int4, jnp.int8], [jnp.int8, jnp.int2])]
+)
+@pytest.mark.parametrize("size", [3, 200])
 def test_arrays_restored_into_a_state_of_other_bits_are_never_read_wrong(make, saved, now, size):
     """Those of 3 entries have as many words in 8 and in 4 bits."""
     params = jnp.linspace(1, 2, size)
@@ -287,7 +297,7 @@ def test_on_a_mesh_the_bits_are_those_of_one_device(axis_type, specs):
     chex.assert_trees_all_equal(on_mesh(FULL_SIZE, axis_type, specs), on_one_device(FULL_SIZE))
 
 
-@AXIS_TYPES
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, *by_night([AxisType.Auto])], ids=str)
 def test_sketches_on_a_mesh_are_those_of_one_device_but_for_single_roundings(axis_type):
     """Sums over divided columns are taken in another order, which tips one rounding in thousands.
 
@@ -338,8 +348,16 @@ WRAPPED = {
 }
 
 
-@BOTH
-@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
+@pytest.mark.parametrize(
+    "make, wrap",
+    [
+        pytest.param(
+            make, wrap, id=f"{make.__name__}-{name}", marks=pytest.mark.slow if i % 2 == j else ()
+        )
+        for i, (name, wrap) in enumerate(WRAPPED.items())
+        for j, make in enumerate((momentum, accumulate))
+    ],
+)
 def test_a_wrapped_one_runs_without_compiling_again_in_the_dtypes_that_it_has(make, wrap):
     tx, traced = wrap(make(3, jnp.int8)), []
 
@@ -433,8 +451,11 @@ def block_of_each(size, bits):
     return np.arange(size) // (words * 32 // bits)
 
 
-@pytest.mark.parametrize("use_grad_mean", [True, False], ids=["mean", "sum"])
-@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize(
+    "dtype, use_grad_mean",
+    [(jnp.int8, True), (jnp.int4, False), (jnp.int2, True)],
+    ids=["mean of 8 bits", "sum of 4", "mean of 2"],
+)
 def test_the_base_optimizer_sees_the_mean_within_the_scales_of_its_roundings(dtype, use_grad_mean):
     count, size = 8, 200
     bits = INTEGERS[dtype]
