@@ -1,4 +1,4 @@
-"""The laws of one matrix: adjoint, unbiased, orthonormal, contracting, fairly rounded."""
+"""The laws of one matrix: adjoint, unbiased, orthonormal, contracting."""
 
 import math
 
@@ -9,7 +9,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 from numpy.testing import assert_allclose, assert_array_equal
 
-from florax import _cipher, _projection, _stored
+from florax import _cipher, _projection
 
 PROJECTIONS = _projection.PROJECTIONS
 
@@ -150,26 +150,6 @@ def test_products_of_16_bit_gradients_accumulate_in_float32(dtype):
     a = jnp.ones((1, 4097))
     sketch = _projection.compress(g, a)
     assert sketch.dtype == jnp.float32 and sketch.item() == 2
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("value", [1.001, -1.001, 0.3, -123.4, 1e-3])
-def test_stochastic_rounding_is_right_on_average(dtype, value):
-    values = jnp.full(20_000, value, jnp.float32)
-    rounded = np.asarray(_stored.stochastic_round(values, dtype, raw_key(0)), np.float64)
-    assert len(set(rounded)) == 2  # the two neighbours
-    low, high = sorted(set(rounded))
-    chance = (values[0] - low) / (high - low)
-    standard_error = (high - low) * math.sqrt(chance * (1 - chance) / len(values))
-    assert abs(rounded.mean() - float(values[0])) < 5 * standard_error
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_stochastic_rounding_keeps_what_needs_no_rounding(dtype):
-    exact = jnp.array([0.0, -0.0, 1.0, -1.5, jnp.inf, -jnp.inf, jnp.nan, jnp.finfo(dtype).max])
-    for seed in range(5):
-        rounded = _stored.stochastic_round(exact.astype(jnp.float32), dtype, raw_key(seed))
-        assert_array_equal(np.asarray(rounded, np.float32), np.asarray(exact, np.float32))
 
 
 def test_the_cipher_is_threefry():

@@ -173,7 +173,8 @@ def flora_momentum(
             out = leaf.decompress(out, a, like if born else grad)
             out = out + grad if residual else out
             dtype = leaf.dtype if born else grad.dtype
-            emitted.append(out.astype(jnp.promote_types(dtype, own.dtype)))
+            is_float = not _stored.is_quantized(own)
+            emitted.append(out.astype(jnp.promote_types(dtype, own.dtype) if is_float else dtype))
             kept.append(new)
 
         sketches = sketches.replace(sketches.round(kept, state.count, _AVERAGE))

@@ -120,7 +120,7 @@ class Sketches:
                 for leaf, own in zip(plan, zeros, strict=True)
                 if leaf.rank or _stored.is_quantized(own)
             }
-            digest, cycle = jnp.array(_digest(plan, settings)), jnp.zeros([], jnp.int32)
+            digest, cycle = jnp.array(_digest(plan, settings, zeros)), jnp.zeros([], jnp.int32)
             base = _keys.base_key(key)
         pairs = zip(zeros, plan, strict=True)
         axes = [_stored.named(own, leaf.kept_axes) for own, leaf in pairs]
@@ -147,8 +147,9 @@ class Sketches:
     def checked(self, settings: tuple[Any, ...]) -> tuple["Sketches", jax.Array]:
         """The same, refused if it was made under other settings; and whether it was not.
 
-        Where values are traced and it was, the sketches become NaN. Leaves that are kept dense do
-        not, for they must stay what they are with Optax, to the bit.
+        Where values are traced and it was, the sketches become NaN, and what is in integers. Leaves
+        that are kept dense in floats do not, for they must stay what they are with Optax, to the
+        bit.
         """
         found = None
         if self.settings != settings:
@@ -156,9 +157,13 @@ class Sketches:
         for leaf, array in zip(self.plan, self.leaves(), strict=True):
             if tuple(array.shape) != leaf.stored_shape:
                 found = f"{leaf}, got an array of shape {tuple(array.shape)}"
-        same = jnp.all(self.digest == _digest(self.plan, self.settings))
+            elif not _stored.fits(array):
+                found = f"{leaf.path} in {array.dtype}, got an array in other numbers"
+        same = jnp.all(self.digest == _digest(self.plan, self.settings, self.leaves()))
         if not found and agrees(same) is False:
-            found = f"others than {self.settings}, or other ranks, by the digest that was saved"
+            found = (
+                f"others than {self.settings}, other ranks or bits, by the digest that was saved"
+            )
         if found:
             raise ValueError(
                 f"The state was made under other settings than those of the transformation: {found}"
@@ -166,7 +171,11 @@ class Sketches:
             )
         pairs = zip(self.plan, self.leaves(), strict=True)
         nan = functools.partial(where_true, same)
-        return self.replace([_stored.scaled(nan, x) if leaf.rank else x for leaf, x in pairs]), same
+        arrays = [
+            _stored.scaled(nan, own) if leaf.rank or _stored.is_quantized(own) else own
+            for leaf, own in pairs
+        ]
+        return self.replace(arrays), same
 
     def keys(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
         """By its name, per compressed leaf, or some of them, the keys of its matrices, `(n, 2)`."""
@@ -320,11 +329,14 @@ class Sketches:
         return dict(zip(paths, _keys.rows(words), strict=True))
 
 
-def _digest(plan: Sequence[_leaves.Leaf], settings: tuple[Any, ...]) -> np.ndarray:
+def _digest(
+    plan: Sequence[_leaves.Leaf], settings: tuple[Any, ...], arrays: Sequence[_stored.Stored]
+) -> np.ndarray:
     """Of what must be the same to read a state; not of names, nor of the order of leaves."""
     digest = _keys.words(settings)
-    for leaf in plan:
-        digest = digest + _keys.words(leaf.geometry)
+    for leaf, kept in zip(plan, arrays, strict=True):
+        bits = (kept.bits,) if isinstance(kept, _stored.Quantized) else ()
+        digest = digest + _keys.words((*leaf.geometry, *bits))
     return digest
 
 

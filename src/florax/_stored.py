@@ -115,6 +115,15 @@ def _cut(size: int, bits: int) -> tuple[int, int]:
     return blocks, -(-entries * bits // 32)
 
 
+def fits(stored: Stored) -> bool:
+    """Whether there are as many words and scales as an array of its shape and bits has."""
+    if not isinstance(stored, Quantized):
+        return True
+    blocks, per_block = _cut(math.prod(stored.trail), stored.bits)
+    *lead, words = stored.words.shape
+    return words == blocks * per_block and stored.scales.shape == (*lead, blocks)
+
+
 def named(stored: Stored, axes: tuple[int | None, ...]) -> tuple[int | None, ...]:
     """Which axes, of those of the array, the axes of what is stored are; None for others."""
     if not isinstance(stored, Quantized):
@@ -165,13 +174,14 @@ def scaled(function: Callable[[jax.Array], jax.Array], stored: Stored) -> Stored
 
 def _decode(trail: tuple[int, ...], bits: int, words: jax.Array, scales: jax.Array) -> jax.Array:
     lead, (blocks,) = words.shape[:-1], scales.shape[-1:]
-    words = words.reshape(*lead, blocks, 1, -1 if blocks else 1)
+    words = words.reshape(*lead, blocks, 1, words.shape[-1] // max(blocks, 1))
     # The integer's highest bit becomes the word's, and is drawn out to the right.
     left = np.uint32(32 - bits) - _shifts(bits)
     integers = (words << left).astype(jnp.int32) >> (32 - bits)
     entries = integers.astype(jnp.float32) * scales[..., None, None]
     size = math.prod(trail)
-    return entries.reshape(*lead, -1 if size else 0)[..., :size].reshape(*lead, *trail)
+    flat = entries.reshape(*lead, math.prod(entries.shape[len(lead) :]))
+    return flat[..., :size].reshape(*lead, *trail)
 
 
 def _encode(
@@ -190,7 +200,8 @@ def _encode(
     padded = jnp.pad(flat, [(0, 0)] * len(lead) + [(0, padding)]) if padding else flat
     entries = padded.reshape(*lead, blocks, per_word, words)
     most = 2 ** (bits - 1) - 1
-    scales = jnp.max(jnp.abs(entries), axis=(-2, -1)) / most
+    # Times the reciprocal: XLA replaces division by a constant with it in some programs only.
+    scales = jnp.max(jnp.abs(entries), axis=(-2, -1)) * np.float32(1 / most)
     # Below the smallest normal number a reciprocal would overflow. What is not finite has no
     # integers: the scale says so.
     scales = jnp.where(scales < _TINY, 0.0, scales)
