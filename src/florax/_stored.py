@@ -18,7 +18,7 @@ import numpy as np
 from florax import _meshes
 
 # Entries that share a scale, up to so many; and along how many at least.
-BLOCK, _SHORT = 64, 32
+_BLOCK, _SHORT = 64, 32
 _INTEGERS = {jnp.dtype(jnp.int8): 8, jnp.dtype(jnp.int4): 4, jnp.dtype(jnp.int2): 2}
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -45,8 +45,9 @@ class Quantized:
     """An array in 8, 4 or 2 bits: an integer an entry, and a scale for every block of them.
 
     The last axes, mostly the last one, are cut into blocks of 33 to 64 entries (fewer, if they have
-    no more). Entry i of a block is the integer at bits `bits · (i // w)` of the block's word
-    `i mod w`, times the block's scale; w is the number of words in a block.
+    no more). Entry i of a block has its integer at bits `bits · (i // w)` of the block's word
+    `i mod w`, where w is the number of words in a block, and is the level of that integer (see
+    `_level`) times the block's scale.
 
     Attributes:
       words: `32 / bits` integers in each, shape `(*lead, words)`, uint32.
@@ -110,7 +111,7 @@ def zeros(
 
 def _cut(size: int, bits: int) -> tuple[int, int]:
     """How many blocks so many entries are cut into, and the words in each."""
-    blocks = -(-size // BLOCK)
+    blocks = -(-size // _BLOCK)
     entries = -(-size // max(blocks, 1))
     return blocks, -(-entries * bits // 32)
 
@@ -137,7 +138,8 @@ def read(stored: Stored) -> jax.Array:
     if not isinstance(stored, Quantized):
         return stored
     decode = functools.partial(_decode, stored.trail, stored.bits)
-    return _meshes.automatically(decode, stored.words, stored.scales)
+    array: jax.Array = _meshes.automatically(decode, stored.words, stored.scales)
+    return array
 
 
 def write(
@@ -178,7 +180,7 @@ def _decode(trail: tuple[int, ...], bits: int, words: jax.Array, scales: jax.Arr
     # The integer's highest bit becomes the word's, and is drawn out to the right.
     left = np.uint32(32 - bits) - _shifts(bits)
     integers = (words << left).astype(jnp.int32) >> (32 - bits)
-    entries = integers.astype(jnp.float32) * scales[..., None, None]
+    entries = _level(bits, integers.astype(jnp.float32)) * scales[..., None, None]
     size = math.prod(trail)
     flat = entries.reshape(*lead, math.prod(entries.shape[len(lead) :]))
     return flat[..., :size].reshape(*lead, *trail)
@@ -199,20 +201,52 @@ def _encode(
     padding = blocks * words * per_word - flat.shape[-1]
     padded = jnp.pad(flat, [(0, 0)] * len(lead) + [(0, padding)]) if padding else flat
     entries = padded.reshape(*lead, blocks, per_word, words)
-    most = 2 ** (bits - 1) - 1
     # Times the reciprocal: XLA replaces division by a constant with it in some programs only.
-    scales = jnp.max(jnp.abs(entries), axis=(-2, -1)) * np.float32(1 / most)
+    scales = jnp.max(jnp.abs(entries), axis=(-2, -1)) * np.float32(1 / _HIGHEST[bits])
     # Below the smallest normal number a reciprocal would overflow. What is not finite has no
     # integers: the scale says so.
     scales = jnp.where(scales < _TINY, 0.0, scales)
     regular = (scales > 0) & (scales < jnp.inf)
     inverse = jnp.where(regular, 1 / jnp.where(regular, scales, 1), 0)[..., None, None]
     noise = _noise(key, rows, padded.shape[-1]).reshape(entries.shape)
-    integers = jnp.clip(jnp.floor(entries * inverse + noise), -most, most)
+    integers = _drawn(bits, entries * inverse, noise)
     integers = jnp.where(regular[..., None, None], integers, 0).astype(jnp.int32)
     masked = integers.astype(jnp.uint32) & np.uint32(2**bits - 1)
     packed = jnp.sum(masked << _shifts(bits), axis=-2, dtype=jnp.uint32)
     return packed.reshape(old[0].shape), scales
+
+
+# The highest level.
+_HIGHEST = {8: 127, 4: 7, 2: 3}
+
+
+def _level(bits: int, integer: Any) -> Any:
+    """What an integer stands for, in scales; the highest level is the block's largest entry.
+
+    In 8 bits the integer itself, from -127 to 127. In 4 bits, from -7 to 7, the levels are closer
+    to each other near zero, where most entries are, and in 2 bits, from -2 to 1, they are -3,
+    -0.62, 0.62 and 3: with u from -1 to 1 in even steps, 4/7 u + 3/7 u³ times the highest. A cubic,
+    fitted to the levels that gave the least rounding noise in gradients of a GPT-2: 0.7 times that
+    of even levels in 4 bits, half in 2.
+    """
+    if bits == 8:
+        return integer
+    step = integer if bits == 4 else 2 * integer + 1
+    cubic = np.float32(3 / 7 / _HIGHEST[bits] ** 2)
+    return step * (np.float32(4 / 7) + cubic * (step * step))
+
+
+def _drawn(bits: int, value: jax.Array, noise: jax.Array) -> jax.Array:
+    """Of the integers with the levels around a value one or the other: right on average."""
+    lowest = -127.0 if bits == 8 else -7.0 if bits == 4 else -2.0
+    if bits == 8:
+        return jnp.clip(jnp.floor(value + noise), lowest, -lowest)
+    inner = np.arange(lowest + 1, 2 ** (bits - 1) - 1, dtype=np.float32)
+    integer = jnp.full_like(value, lowest)
+    for level in _level(bits, inner):
+        integer = integer + (value >= level)
+    below, above = _level(bits, integer), _level(bits, integer + 1)
+    return integer + (noise * (above - below) < value - below)
 
 
 def _shifts(bits: int) -> np.ndarray:
