@@ -162,6 +162,89 @@ def test_a_bfloat16_accumulator_is_rounded_at_every_micro_batch():
         assert 1e-5 < error < MICRO_BATCHES * 2.0**-7
 
 
+# Of a weight met in every way that a loop over layers can, and of others.
+OFTEN = {
+    *("a_scan_over_layers", "a_tied_weight", "a_scan_of_a_checkpoint", "layers_taken_by_number"),
+    *("a_scan_over_time", "a_scan_over_layers_of_experts", "attention_kernels_of_three_axes"),
+}
+
+
+@pytest.mark.parametrize("bits", [jnp.int8, jnp.int4], ids=["int8", "int4"])
+@pytest.mark.parametrize("is_sketch", [False, True], ids=["full size", "sketch"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in losses.CASES],
+)
+def test_integers_are_rounded_once_a_micro_batch_as_by_the_loop(name, is_sketch, bits):
+    """To the same neighbours, but for what float32 leaves open of the sums that are rounded."""
+    case = losses.CASES[name]()
+    tx = case.transformation(
+        opt=optax.sgd(1.0),
+        rank=losses.RANK if is_sketch else lambda path, leaf: None,
+        accumulator_dtype=bits,
+    )
+    batches = jax.tree.map(lambda x: jnp.stack([x, x if x.ndim == 0 else x[::-1]]), case.batch)
+
+    def loop(params, state):
+        for batch in (jax.tree.map(lambda x, i=i: x[i], batches) for i in range(2)):
+            updates, state = tx.update(jax.grad(case.loss)(params, *batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    run, state = jax.jit(florax.value_and_update(case.loss, tx)), tx.init(case.params)
+    _, got, after = run(case.params, state, *batches)
+    wanted, expected_after = jax.jit(loop)(case.params, state)
+    chex.assert_trees_all_equal(after.sketch.cycle, expected_after.sketch.cycle)
+    gap = 1 / 127 if bits == jnp.int8 else 0.25  # at most, of the largest entry
+    for own in zip(*map(jax.tree.leaves, (got, wanted, case.params)), strict=True):
+        new, want, old = (np.asarray(x, np.float64) for x in own)
+        error, largest = abs(new - want), abs(want - old).max()
+        if is_sketch:  # of which an entry of a gradient has a part of every column
+            gap = 1.0
+        assert error.max() <= (2 * gap + 8 * case.eps) * largest
+        if case.eps < 1e-6:
+            assert np.mean(error > 1e-4 * largest) < 0.02
+
+
+@pytest.mark.parametrize("bits", [jnp.int8, jnp.int4], ids=["int8", "int4"])
+def test_in_few_bits_one_layer_is_there_in_float32(bits):
+    """Of a scanned stack neither the gradient nor its sum exists, in the sketch's stead."""
+    tx = florax.flora_accumulate(
+        optax.sgd(0.1), MICRO_BATCHES, lambda path, leaf: None, accumulator_dtype=bits
+    )
+    state = tx.init(PARAMS)
+    whole = jax.make_jaxpr(florax.value_and_update(loss_fn, tx))(PARAMS, state, *BATCHES)
+    scan = next(e for e in losses.equations(whole.jaxpr) if e.primitive.name == "scan")
+    assert scan.params["length"] == MICRO_BATCHES
+    stacks = {x.size for x in jax.tree.leaves(PARAMS["blocks"])}
+    assert not floats_made(scan.params["jaxpr"].jaxpr, stacks)
+    assert floats_made(scan.params["jaxpr"].jaxpr, {PARAMS["head"].size})
+    dense = jax.make_jaxpr(jax.grad(loss_fn))(PARAMS, *jax.tree.map(lambda x: x[0], BATCHES))
+    assert floats_made(dense.jaxpr, stacks) == {"scan"}
+
+
+def floats_made(jaxpr, sizes):
+    """The operations with floats of such a size among their results."""
+    return {
+        equation.primitive.name
+        for equation in losses.equations(jaxpr)
+        for var in equation.outvars
+        if jnp.issubdtype(getattr(var.aval, "dtype", int), jnp.inexact) and var.aval.size in sizes
+    }
+
+
+def test_a_step_in_few_bits_may_begin_with_what_was_accumulated_before():
+    tx = florax.flora_accumulate(
+        optax.sgd(1.0), MICRO_BATCHES + 1, lambda path, leaf: None, accumulator_dtype=jnp.int8
+    )
+    before = jax.tree.map(lambda x: x[0] + jnp.ones_like(x[0]), BATCHES)
+    grads = jax.jit(jax.grad(loss_fn))(PARAMS, *before)
+    state = jax.jit(functools.partial(florax.accumulate, tx))(grads, tx.init(PARAMS))
+    got, expected = (run(PARAMS, state, *BATCHES)[1] for run in (step(tx), loop(tx)))
+    for new, want, old in zip(*map(jax.tree.leaves, (got, expected, PARAMS)), strict=True):
+        off = abs(new - want) > 1e-4 * abs(want - old).max()
+        assert jnp.mean(off) < 0.02
+
+
 def test_aux_comes_stacked():
     def with_aux(params, x, words):
         loss = loss_fn(params, x, words)

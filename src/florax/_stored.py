@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class Quantized:
 
     Attributes:
       words: `32 / bits` integers in each, shape `(*lead, words)`, uint32.
-      scales: shape `(*lead, blocks)`, float32; not finite where something in the block was not.
+      scales: shape `(*lead, blocks)`, float32; NaN where something in the block was not finite.
       trail: sizes of the axes that are cut into blocks; static.
       bits: of an integer; static.
     """
@@ -203,10 +203,10 @@ def _encode(
     entries = padded.reshape(*lead, blocks, per_word, words)
     # Times the reciprocal: XLA replaces division by a constant with it in some programs only.
     scales = jnp.max(jnp.abs(entries), axis=(-2, -1)) * np.float32(1 / _HIGHEST[bits])
-    # Below the smallest normal number a reciprocal would overflow. What is not finite has no
-    # integers: the scale says so.
-    scales = jnp.where(scales < _TINY, 0.0, scales)
-    regular = (scales > 0) & (scales < jnp.inf)
+    # Float32 has reciprocals of what is between only. What is not finite has no integers: the scale
+    # says so.
+    scales = jnp.where(scales < _TINY, 0.0, jnp.where(scales <= 0.25 / _TINY, scales, jnp.nan))
+    regular = scales > 0
     inverse = jnp.where(regular, 1 / jnp.where(regular, scales, 1), 0)[..., None, None]
     noise = _noise(key, rows, padded.shape[-1]).reshape(entries.shape)
     integers = _drawn(bits, entries * inverse, noise)
@@ -220,7 +220,10 @@ def _encode(
 _HIGHEST = {8: 127, 4: 7, 2: 3}
 
 
-def _level(bits: int, integer: Any) -> Any:
+N = TypeVar("N", jax.Array, np.ndarray)
+
+
+def _level(bits: int, integer: N) -> N:
     """What an integer stands for, in scales; the highest level is the block's largest entry.
 
     In 8 bits the integer itself, from -127 to 127. In 4 bits, from -7 to 7, the levels are closer
@@ -231,22 +234,24 @@ def _level(bits: int, integer: Any) -> Any:
     """
     if bits == 8:
         return integer
-    step = integer if bits == 4 else 2 * integer + 1
+    step: N = integer if bits == 4 else 2 * integer + 1
     cubic = np.float32(3 / 7 / _HIGHEST[bits] ** 2)
-    return step * (np.float32(4 / 7) + cubic * (step * step))
+    level: N = step * (np.float32(4 / 7) + cubic * (step * step))
+    return level
 
 
 def _drawn(bits: int, value: jax.Array, noise: jax.Array) -> jax.Array:
     """Of the integers with the levels around a value one or the other: right on average."""
-    lowest = -127.0 if bits == 8 else -7.0 if bits == 4 else -2.0
     if bits == 8:
-        return jnp.clip(jnp.floor(value + noise), lowest, -lowest)
-    inner = np.arange(lowest + 1, 2 ** (bits - 1) - 1, dtype=np.float32)
-    integer = jnp.full_like(value, lowest)
-    for level in _level(bits, inner):
-        integer = integer + (value >= level)
+        integer = jnp.clip(jnp.floor(value), -127, 126)
+    else:
+        lowest = -7.0 if bits == 4 else -2.0
+        integer = jnp.full_like(value, lowest)
+        for level in _level(bits, np.arange(lowest + 1, 2 ** (bits - 1) - 1, dtype=np.float32)):
+            integer = integer + (value >= level)
     below, above = _level(bits, integer), _level(bits, integer + 1)
-    return integer + (noise * (above - below) < value - below)
+    drawn: jax.Array = integer + (noise * (above - below) < value - below)
+    return drawn
 
 
 def _shifts(bits: int) -> np.ndarray:
