@@ -36,11 +36,11 @@ class Settings:
     data: str = str(datasets.FOLDER / "tinystories")  # a folder with texts
     variants: tuple[str, ...] = ("none", "float32", "int8", "int4", "64-float32")  # to compare
     accumulate: int = 16  # micro-batches of one row an update
-    updates: int = 800
+    updates: int = 800  # of the optimizer
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 1.5e-3)  # to choose from
     seeds: int = 2  # of weights, order of the data and projections
     width: int = 256  # of the model
-    layers: int = 4
+    layers: int = 4  # of the model
     length: int = 128  # bytes of a row
     results: Path = results.FOLDER  # folder for the JSON; what it has is not measured again
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from florax_benchmarks import results, summary, tables
 
-VARIED = ("method", "methods", "variant")  # along the rows of a table
+VARIED = ("method", "methods", "variant", "seed")  # along the rows of a table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,8 @@ def encode_prompt(pair: Pair, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(PROMPT.format(source=pair.source.rstrip(".")))
 
 
-def main(s: Settings) -> None:
+def train(s: Settings) -> training.Comparison:
+    """Train and translate by every method that the settings ask for, and show some of it."""
     config = load_config(s, GPT2, PRESETS | {"tiny": TINY})
     check_room(config, length=s.length, new_tokens=s.new_tokens)
     pairs = {split: datasets.load_pairs(s.data, split) for split in datasets.SPLITS}
@@ -110,11 +111,15 @@ def main(s: Settings) -> None:
         learning_rates=LEARNING_RATES,
         files=tokenizer.files,
     )
-    runs, curves, written = training.compare(s, task, lambda: load_model(s, GPT2, config), evaluate)
-
+    comparison = training.compare(s, task, lambda: load_model(s, GPT2, config), evaluate)
     for i in simple(test, tokenizer)[:SHOWN]:
-        translations = {method: own[i] for method, own in written.items()}
+        translations = {method: own[i] for method, own in comparison.outputs.items()}
         report.print_sample(test[i].source, {"expected": test[i].target} | translations)
+    return comparison
+
+
+def main(s: Settings) -> None:
+    runs, curves, _ = train(s)
     report.conclude(s, runs, curves, title="German to English", unit="token", scores=["BLEU"])
 
 

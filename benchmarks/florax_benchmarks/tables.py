@@ -1,5 +1,6 @@
 """The tables of what was measured, in Markdown, a function a benchmark."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -103,6 +104,29 @@ def frontier(rows: list[Row]) -> str:
     return table(["accumulator", "share of bytes", "loss", "spread", "learning rate"], cells)
 
 
+def translation(rows: list[Row]) -> str:
+    """The means of the seeds; bytes against those of the parameters."""
+    rows, failures = _split(rows)
+    variants: dict[str, list[Row]] = {}
+    for r in rows:
+        variants.setdefault(r["settings"]["variant"], []).append(r)
+    cells = []
+    for variant, own in variants.items():
+        bleus = [r["BLEU"] for r in own]
+        shares = [
+            own[0][f"{n}_bytes"] / own[0]["parameter_bytes"] for n in ("accumulator", "optimizer")
+        ]
+        loss = statistics.mean(r["test_loss"] for r in own)
+        figures = [
+            f"{loss:.3f}",
+            f"{statistics.mean(bleus):.1f}",
+            f"{min(bleus):.1f} to {max(bleus):.1f}",
+        ]
+        cells.append([variant, *(f"{x:.3f}" for x in shares), *figures, str(len(own))])
+    header = ["variant", "accumulator", "other state", "test loss", "BLEU", "", "seeds"]
+    return failures + table(header, cells)
+
+
 def _of(rows: list[Row], method: str) -> Row | None:
     return next((r for r in rows if r["settings"]["method"] == method), None)
 
@@ -117,6 +141,7 @@ OF = {
     "host_time": host_time,
     "compile_time": compile_time,
     "frontier": frontier,
+    "translation": translation,
 }
 
 

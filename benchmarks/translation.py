@@ -1,0 +1,73 @@
+"""What do small accumulators and momentum cost in BLEU?
+
+`examples/gpt2.py`, in one variant after the other.
+
+    python benchmarks/translation.py --variants naive int8 int4 int2 40-float32 --seeds 0 1 2
+
+`naive` keeps accumulator and momentum at full size in float32, `none` neither, with an update after
+every micro-batch. The others have a momentum of rank 40, a quarter of the width, with `residual`;
+and what they accumulate in is a dtype for full size, or a rank and one: `int4` a full-size
+accumulator in 4 bits, embedding and all, `40-int8` sketches of rank 40 in 8 bits. Where that is in
+integers, the momentum is in 8 bits.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import frontier
+from florax_benchmarks import results, tables
+
+sys.path.append(str(results.REPOSITORY / "examples"))
+import gpt2
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    variants: tuple[str, ...] = ("naive", "int8", "int4", "40-float32")  # to compare
+    seeds: tuple[int, ...] = (0, 1, 2)  # of weights, order of the data and projections
+    updates: int = 1500  # of the optimizer
+    micro_batch: int = 16  # pairs in a micro-batch
+    accumulate: int = 4  # micro-batches an update
+    results: Path = results.FOLDER  # folder for the JSON; what it has is not measured again
+
+    def __post_init__(self):
+        for variant in self.variants:
+            if variant != "naive":
+                frontier.parse(variant)
+
+
+def measure(s: Settings, variant: str, seed: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"method": variant}
+    if variant not in ("naive", "none"):
+        rank, dtype = frontier.parse(variant)
+        arguments = {
+            "method": "flora",
+            "accumulator": "full" if rank is None else "sketch",
+            "accumulator_dtype": dtype,
+            "momentum_dtype": "int8" if dtype.startswith("int") else "float32",
+        } | ({} if rank is None else {"rank": rank})
+    with tempfile.TemporaryDirectory() as folder:
+        own = {name: getattr(s, name) for name in ("updates", "micro_batch", "accumulate")}
+        comparison = gpt2.train(gpt2.Settings(**arguments, **own, seed=seed, output=Path(folder)))
+    (run,) = comparison.runs
+    names = ("accumulator_bytes", "optimizer_bytes", "parameter_bytes", "test_loss", "BLEU")
+    return {name: run[name] for name in names}
+
+
+def main(s: Settings) -> None:
+    own = {name: getattr(s, name) for name in ("updates", "micro_batch", "accumulate")}
+    rows = []
+    for variant, seed in itertools.product(s.variants, s.seeds):
+        isolated = functools.partial(results.isolated, measure, s, variant, seed)
+        settings = own | {"variant": variant, "seed": seed}
+        rows.append(results.get(s.results, "translation", settings, isolated))
+    print(f"German to English, ×{s.accumulate}:\n{tables.translation(rows)}")
+
+
+if __name__ == "__main__":
+    main(results.settings(Settings, __doc__))
