@@ -9,6 +9,7 @@ Of a model, a step, every layer's matrices as leaves of their own:
     multisteps   full-size gradients and `optax.MultiSteps` around it
     dense        full-size gradients and `florax.flora_accumulate` around it
     sketched     `florax.value_and_grad`, and `flora_accumulate`
+    int8         as dense, without sketches, in 8 bits
 
 Of 200 matrices, an update by itself: `optax.MultiSteps` against `flora_accumulate` (`accumulate`),
 and `optax.ema` against `flora_momentum` (`momentum`, and `cosine` with the other projection).
@@ -38,7 +39,7 @@ SHAPES = {
     **{name: models.SHAPES[name] for name in ("llama-1b", "gpt2", "t5-small")},
 }
 MATRICES = [(512, 512), (512, 1376), (1376, 512), (512, 2048)] * 50
-OF_MODELS = ("plain", "multisteps", "dense", "sketched")
+OF_MODELS = ("plain", "multisteps", "dense", "sketched", "int8")
 OF_MATRICES = ("ema", "momentum", "cosine", "multisteps", "accumulate")
 OPTIMIZERS = {"adafactor": optax.adafactor(1e-3), "sgd": optax.sgd(1e-3)}
 
@@ -65,6 +66,8 @@ def program(s: Settings, name: str) -> tuple[Callable[..., Any], tuple[Any, ...]
     opt = OPTIMIZERS[s.optimizer]
     if name in ("dense", "sketched", "accumulate"):
         tx = florax.flora_accumulate(opt, 4, ranks(s))
+    elif name == "int8":
+        tx = florax.flora_accumulate(opt, 4, lambda path, leaf: None, accumulator_dtype=jnp.int8)
     elif name == "multisteps":
         tx = optax.MultiSteps(opt, 4).gradient_transformation()
     elif name == "ema":

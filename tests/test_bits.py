@@ -506,3 +506,41 @@ def test_what_is_not_finite_is_forgotten_with_its_cycle():
     chex.assert_tree_all_finite(updates["layer"])
     (_, updates), _ = run(tx, state, range(2))
     chex.assert_tree_all_finite(updates)
+
+
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank, bits", [(None, jnp.int4), (8, jnp.int8)], ids=["full", "short"])
+def test_a_whole_step_on_a_mesh_is_that_of_one_device(rank, bits, kind):
+    """Rank 8 is shorter than a block, which then has several rows, of several devices."""
+    width = 64
+    params = {
+        "embed": jax.random.normal(jax.random.key(0), (16, width)) / 4,
+        "up": jax.random.normal(jax.random.key(1), (3, width, 2 * width)) / 8,
+        "down": jax.random.normal(jax.random.key(2), (3, 2 * width, width)) / 8,
+    }
+    divided = {"embed": P("data"), "up": P(None, "data"), "down": P(None, "data")}
+
+    def loss_fn(params, x):
+        def layer(x, w):
+            return x + jnp.tanh(x @ w[0]) @ w[1], None
+
+        x, _ = jax.lax.scan(layer, x @ params["embed"], (params["up"], params["down"]))
+        return jnp.mean((x @ params["embed"].T - 1) ** 2)
+
+    opt = florax.per_layer(optax.sgd(1.0), {"embed": False, "up": True, "down": True})
+    tx = florax.flora_accumulate(opt, 4, lambda path, leaf: rank, accumulator_dtype=bits)
+    step = jax.jit(florax.value_and_update(loss_fn, tx))
+    x = jax.random.normal(jax.random.key(3), (4, 8, 16))
+    expected = step(params, tx.init(params), x)[1]
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(KINDS[kind],) * 2)
+    with jax.set_mesh(mesh):
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in divided.items()}
+        own = jax.device_put(params, shardings)
+        x = jax.device_put(x, NamedSharding(mesh, P()))
+        got = step(own, jax.jit(tx.init)(own), x)[1]
+    for name, new in got.items():
+        off = abs(np.asarray(new) - np.asarray(expected[name]))
+        assert np.mean(off > 1e-4 * abs(expected[name] - params[name]).max()) < 0.01

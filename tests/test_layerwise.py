@@ -427,3 +427,23 @@ def test_the_state_of_other_parameters_is_refused(params):
     state = tx.init({**params, "shared": [normal(8, 3), normal(9, 3)]})
     with pytest.raises(ValueError, match=r"per_layer was made for 8 leaves, got 7"):
         layerwise(loss_fn, tx)(params, state, normal(7, 2, 5, 12))
+
+
+@pytest.mark.parametrize("rank, bits", [(4, jnp.int8), (None, jnp.int4)], ids=["sketch", "full"])
+def test_in_few_bits_layer_by_layer_is_the_ordinary_step(rank, bits, params):
+    """With the same gradients to the bit: every layer has the rounding of its own."""
+    momentum = florax.flora_momentum(
+        lambda path, leaf: rank, resample_every=2, accumulator_dtype=bits
+    )
+    tx = florax.per_layer(optax.chain(optax.adafactor(1e-2), momentum), STACKED)
+    batches = normal(7, 3, 2, 5, 12)
+    losses, new, state = steps.train(layerwise(loss_fn, tx), tx, params, batches)
+    expected_losses, expected, _ = steps.train(steps.at_once(loss_fn, tx), tx, params, batches)
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-4)
+    # A sum that is off by its last bits is rarely rounded to the other neighbour, an update's
+    # quarter away at most.
+    for own, wanted, old in zip(*map(jax.tree.leaves, (new, expected, params)), strict=True):
+        moved = abs(wanted - old).max()
+        assert jnp.mean(abs(own - wanted) > 1e-3 * moved) < 0.02
+        assert abs(own - wanted).max() < 0.5 * moved
+    chex.assert_trees_all_equal_shapes_and_dtypes((new, state), (params, tx.init(params)))

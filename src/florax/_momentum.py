@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from florax import _calls, _checks, _dimensions, _leaves, _projection, _sketches, _stored
+from florax import _calls, _checks, _dimensions, _leaves, _meshes, _projection, _sketches, _stored
 
 
 class FloraMomentumState(NamedTuple):
@@ -154,6 +154,7 @@ def flora_momentum(
             average = _stored.read(own)
             a = drawn.get(leaf.path)
             if a is None:
+                average = _meshes.divide_as(average, grad)
                 new = optax.tree.update_moment(grad, average, decay, order=1)
                 out = optax.tree.update_moment(grad, new, decay, order=1) if nesterov else new
                 emitted.append(out.astype(grad.dtype) if _stored.is_quantized(own) else out)
@@ -166,7 +167,8 @@ def flora_momentum(
                     "jax.value_and_grad, or residual=False."
                 )
             sketch = next(admitted) if born else leaf.compress(grad, a)
-            new = optax.tree.update_moment(sketch, average.astype(sketch.dtype), decay, order=1)
+            average = _meshes.divide_as(average, sketch).astype(sketch.dtype)
+            new = optax.tree.update_moment(sketch, average, decay, order=1)
             out = optax.tree.update_moment(sketch, new, decay, order=1) if nesterov else new
             # One decompression serves both parts: M A + G − (G Aᵀ) A = G + (M − G Aᵀ) A.
             out = out - sketch if residual else out
