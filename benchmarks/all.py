@@ -24,11 +24,11 @@ XL16 = "--model gpt2-xl --dtype bfloat16 --batch 8 --length 512"
 LLAMA = "--model llama-7b --dtype bfloat16 --batch 16 --length 256"
 T5 = "--model t5-3b --dtype float32 --batch 1 --source 512 --length 128"
 ROWS = (
-    f"memory.py {XL32} --methods full sketched",
-    f"speed.py {XL32} --methods full sketched",
+    f"memory.py {XL32} --methods full sketched sketched-int8 whole-int8 whole-int4",
+    f"speed.py {XL32} --methods full sketched sketched-int8 whole-int8 whole-int4",
     f"memory.py {LLAMA} --methods layerwise --run",
     f"memory.py {LLAMA} --methods layerwise-accumulate --run",
-    f"memory.py {LLAMA} --methods layerwise --rank 1024 --run",
+    f"memory.py {LLAMA} --methods layerwise layerwise-int8 --rank 1024 --run",
     f"memory.py {LLAMA} --methods sketched full --run",
     f"speed.py {LLAMA} --methods full sketched --rounds 2",
     f"memory.py {XL16} --methods full sketched",

@@ -32,8 +32,8 @@ def table(folder: Path) -> str:
         methods = ("none", "full", "dense", florax)
         return [figure("memory", settings | {"method": m}, take) for m in methods]
 
-    def micro_step(benchmark: str, settings: dict[str, Any]) -> list[Any]:
-        return [None, 1, None, figure(benchmark, settings, lambda r: r["ratio"]["sketched"])]
+    def micro_step(benchmark: str, settings: dict[str, Any], florax: str = "sketched") -> list[Any]:
+        return [None, 1, None, figure(benchmark, settings, lambda r: r["ratio"].get(florax))]
 
     def flora_opt(take: Callable[[Row], Any]) -> Any:
         return figure("peers", XL32 | {"method": "flora-opt"}, take)
@@ -52,6 +52,12 @@ def table(folder: Path) -> str:
         ("  micro-step ÷ full", *micro_step("speed", XL32), torch_ratio),
         ("  compile time ÷ full", *(ratio(seconds, compiled[1]) for seconds in compiled)),
         ("  momentum alone, ms an update", None, ema, None, flora_momentum),
+        ("  sketches in 8 bits: beyond", *memory(XL32, beyond, "sketched-int8")),
+        ("    micro-step ÷ full", *micro_step("speed", XL32, "sketched-int8")),
+        ("  full size in 8 bits: beyond", *memory(XL32, beyond, "whole-int8")),
+        ("    micro-step ÷ full", *micro_step("speed", XL32, "whole-int8")),
+        ("  full size in 4 bits: beyond", *memory(XL32, beyond, "whole-int4")),
+        ("    micro-step ÷ full", *micro_step("speed", XL32, "whole-int4")),
         ("GPT-2-XL, bfloat16, 8×512: beyond", *memory(XL16, beyond)),
         ("  micro-step ÷ full", *micro_step("speed", XL16)),
         ("LLaMA-7B, bfloat16, 16×256: peak", *memory(LLAMA, peak)),
@@ -59,6 +65,7 @@ def table(folder: Path) -> str:
         ("  layerwise, ×16: peak", *memory(LLAMA, peak, "layerwise-accumulate")),
         ("  layerwise, momentum: peak", *memory(LLAMA, peak, "layerwise"), PAPER_7B),
         ("  the same, r = 1024", *memory(LLAMA_1024, peak, "layerwise")),
+        ("  the same, r = 1024 in 8 bits", *memory(LLAMA_1024, peak, "layerwise-int8")),
         ("T5-3B, float32, 1×512→128: peak", *memory(T5, peak)),
         ("GPT-2-XL, 8 devices: bytes reduced ÷ full", None, 1, None, reduced),
         ("examples/gpt2.py, CPU: micro-step ÷ full", *micro_step("main_job", {})),
