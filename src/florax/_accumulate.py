@@ -229,9 +229,15 @@ class _Accumulation:
             drawn = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
                 state.sketch.draw()
             )
+            rest = iter(total)
             mean = [
-                decompress(leaf, drawn.get(leaf.path), like, own)
-                for leaf, like, own in zip(state.sketch.plan, likes, total, strict=True)
+                decompress(
+                    leaf,
+                    [drawn[part.path] for part in leaf.parts if part.rank],
+                    like,
+                    [next(rest) for _ in leaf.parts],
+                )
+                for leaf, like in zip(state.sketch.plan, likes, strict=True)
             ]
             mean_tree = jax.tree.unflatten(treedef, mean)
             updates, new = self._update_base(mean_tree, state, params, extra_args)
@@ -373,10 +379,12 @@ class _Accumulation:
 
 
 def decompress(
-    leaf: _leaves.Leaf, projection: jax.Array | None, like: Any, sketch: jax.Array
+    leaf: _leaves.Leaf, projections: Sequence[jax.Array], like: Any, sketches: Sequence[jax.Array]
 ) -> jax.Array:
     """The gradient, dense ones as they are, in the dtype of `like` and divided as it is."""
-    gradient = sketch if projection is None else leaf.decompress(sketch, projection, like)
+    gradient = sketches[0]
+    if projections:
+        gradient = leaf.reconstruct(sketches, projections, like)
     if isinstance(like, jax.Array):
         gradient = _meshes.divide_as(gradient, like)
     return gradient.astype(leaf.dtype if _sketches.is_sketch(like) else jnp.result_type(like))

@@ -14,16 +14,21 @@ from jax.sharding import PartitionSpec
 _NNX = ("out_sharding", "sharding_names", "sharding", "optimizer_sharding")
 
 
-def fill(tree: Any, arrays: Sequence[Any], axes: Sequence[Sequence[int | None]]) -> Any:
-    """A tree like `tree` of `arrays`, whose axes are those of its leaves, None for a new one.
+def fill(
+    tree: Any,
+    arrays: Sequence[Sequence[Any]],
+    axes: Sequence[Sequence[Sequence[int | None]]],
+) -> Any:
+    """A tree like `tree` of arrays, whose `axes` are those of its leaves, None for a new one.
 
-    An array may be a node of several that have the same axes.
+    One for a leaf, or several, which become a tuple. Each may be a node of some with the same axes.
     """
     boxes, treedef = jax.tree.flatten(tree, is_leaf=_is_box)
-    new = [
-        _filled(box, array, own) if _is_box(box) else array
-        for box, array, own in zip(boxes, arrays, axes, strict=True)
-    ]
+    new = []
+    for box, own, own_axes in zip(boxes, arrays, axes, strict=True):
+        if _is_box(box):
+            own = [_filled(box, *pair) for pair in zip(own, own_axes, strict=True)]
+        new.append(own[0] if len(own) == 1 else tuple(own))
     return jax.tree.unflatten(treedef, new)
 
 

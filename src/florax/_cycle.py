@@ -155,37 +155,39 @@ class Sum(NamedTuple):
     """What a state has accumulated of one leaf's gradient."""
 
     leaf: _leaves.Leaf
-    array: _stored.Stored
-    keys: jax.Array | None  # of its matrices; None if it is kept dense
+    arrays: list[_stored.Stored]  # one or two
+    keys: list[jax.Array]  # of its matrices, for each; none if it is kept dense
     is_right: jax.Array  # whether it was accumulated under the settings of the transformation
 
     def layer(self, axis: int, index: jax.Array) -> "Sum":
         """That of one layer of a stack along that axis."""
-        keys = self.keys
-        if keys is not None:  # of the first layer's matrices first
-            keys = _stacks.take(keys.reshape(self.leaf.shape[axis], -1, 2), index)
-        place, array = self.leaf.kept_axes.index(axis), self.array
-        if _stored.is_quantized(array) and place >= array.words.ndim - 1:
-            array = _stored.read(array)  # layers and blocks are along the same axis
-        array = _stacks.take(array, index, jax.tree.map(lambda _: place, array))
-        return Sum(self.leaf.layer(axis), array, keys, self.is_right)
+        # Of the first layer's matrices first.
+        whole = [own.reshape(self.leaf.shape[axis], -1, 2) for own in self.keys]
+        keys, place = _stacks.take(whole, index), self.leaf.kept_axes.index(axis)
+        arrays = []
+        for array in self.arrays:
+            if _stored.is_quantized(array) and place >= array.words.ndim - 1:
+                array = _stored.read(array)  # layers and blocks are along the same axis
+            arrays.append(_stacks.take(array, index, jax.tree.map(lambda _: place, array)))
+        return Sum(self.leaf.layer(axis), arrays, keys, self.is_right)
 
 
 def _give(
     update: _updates.Update, sums: Sequence[Sum], numbers: Sequence[int], likes: Sequence[jax.Array]
 ) -> None:
     """Give mean gradients, each divided as its `like` is, to an update."""
-    compressed = [own for own in sums if own.keys is not None]
-    keys = [own.keys for own in compressed if own.keys is not None]
-    drawn = iter(_keys.draw([own.leaf for own in compressed], keys))
+    compressed = _sketches.parts_of([own.leaf for own in sums if own.keys])
+    drawn = iter(_keys.draw(compressed, [key for own in sums for key in own.keys]))
     for number, own, like in zip(numbers, sums, likes, strict=True):
-        a = None if own.keys is None else next(drawn)
-        update.give(number, own.array, functools.partial(_mean, own, a, like))
+        projections = [next(drawn) for _ in own.keys]
+        update.give(number, own.arrays, functools.partial(_mean, own, projections, like))
 
 
-def _mean(own: Sum, projection: jax.Array | None, like: Any, source: _stored.Stored) -> jax.Array:
-    kept = _sketches.where_true(own.is_right, _stored.read(source))
-    return _accumulate.decompress(own.leaf, projection, like, kept)
+def _mean(
+    own: Sum, projections: Sequence[jax.Array], like: Any, source: Sequence[_stored.Stored]
+) -> jax.Array:
+    kept = [_sketches.where_true(own.is_right, _stored.read(array)) for array in source]
+    return _accumulate.decompress(own.leaf, projections, like, kept)
 
 
 def end(
@@ -253,8 +255,10 @@ def _sums(function: str, tx: Any, params: optax.Params, state: optax.OptState) -
     for own, seen in reached(function, tx, params, state):
         keys = own.sketch.keys()
         _, is_right = own.sketch.checked(seen.owner.settings)
-        for leaf, array in zip(own.sketch.plan, own.sketch.leaves(), strict=True):
-            sums[leaf.path] = Sum(leaf, array, keys.get(leaf.path), is_right)
+        rest = iter(own.sketch.leaves())
+        for leaf in own.sketch.plan:
+            own_keys = [keys[part.path] for part in leaf.parts if part.rank]
+            sums[leaf.path] = Sum(leaf, [next(rest) for _ in leaf.parts], own_keys, is_right)
     return sums
 
 

@@ -5,7 +5,7 @@ What `init`, `update` and `state_report` know of a leaf they read from its `Leaf
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from florax import _checks, _dimensions, _meshes, _projection, _stored
 
-Side = Literal["smaller", "larger"]
+Side = Literal["smaller", "larger", "both"]
 
+_SUFFIX = " across"  # of the name of a sketch beside another
 SIDES: tuple[Side, ...] = get_args(Side)
 
 
@@ -35,6 +36,21 @@ class Leaf:
     columns: tuple[int, ...] = ()  # the axes of the projected side
     batch: tuple[int, ...] = ()
     projection: _projection.Projection = _projection.DEFAULT_PROJECTION
+    # Where both sides are projected: the sketch of the rows beside that of the columns, as a leaf.
+    across: "Leaf | None" = None
+    is_across: bool = False
+
+    @property
+    def parts(self) -> tuple["Leaf", ...]:
+        """A leaf for each of its sketches; itself if it has one, or is kept dense."""
+        if self.across is None:
+            return (self,)
+        return (dataclasses.replace(self, across=None), self.across)
+
+    @property
+    def of(self) -> str:
+        """The name of the leaf that it is, or is a part of."""
+        return self.path.removesuffix(_SUFFIX) if self.is_across else self.path
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -52,7 +68,8 @@ class Leaf:
     @property
     def geometry(self) -> tuple[Any, ...]:
         """What decides how its sketch is read."""
-        return (self.shape, self.rank, self.rows, self.columns, self.batch, self.projection)
+        own = (self.shape, self.rank, self.rows, self.columns, self.batch, self.projection)
+        return own if self.across is None else (*own, self.across.rank)
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
@@ -86,7 +103,10 @@ class Leaf:
             for axes in (self.rows, self.columns, self.batch)
         )
         shape = self.shape[:axis] + self.shape[axis + 1 :]
-        return dataclasses.replace(self, shape=shape, rows=rows, columns=columns, batch=batch)
+        across = None if self.across is None else self.across.layer(axis)
+        return dataclasses.replace(
+            self, shape=shape, rows=rows, columns=columns, batch=batch, across=across
+        )
 
     def draw_matrix(self, key: jax.Array) -> jax.Array:
         """The projection of one matrix, shape `(rank, *columns)`, from its key (`_keys`)."""
@@ -113,6 +133,25 @@ class Leaf:
         matrices = _over_stack(_projection.decompress, len(self.batch))(sketch, projection)
         order = self.batch + self.rows + self.columns
         return matrices.transpose([order.index(axis) for axis in range(len(order))])
+
+    def reconstruct(
+        self,
+        sketches: Sequence[jax.Array],
+        projections: Sequence[jax.Array],
+        like: jax.Array | None = None,
+    ) -> jax.Array:
+        """Turn its sketches, one or two, back into an array of its shape: see `decompress`."""
+        if self.across is None:
+            return self.decompress(sketches[0], projections[0], like)
+        depth = len(self.batch)
+
+        def of_all(*arrays: jax.Array) -> jax.Array:
+            return _over_stack(_projection.reconstruct, depth)(*arrays)
+
+        matrices = of_all(*sketches, *projections)
+        order = self.batch + self.rows + self.columns
+        array = matrices.transpose([order.index(axis) for axis in range(len(order))])
+        return array
 
     def transfer(self, sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         """Carry a sketch over from the projections `old` to `new`."""
@@ -203,15 +242,15 @@ class Plan:
         n, m = (math.prod(shape[axis] for axis in axes) for axes in (rows, columns))
         if rank >= min(n, m):
             return dataclasses.replace(dense, reason=f"rank {rank} ≥ min({n}, {m})")
-        if (n < m) if self.side == "smaller" else (n > m):
-            rows, columns, m = columns, rows, n
+        if (n > m) if self.side == "larger" else (n < m):
+            rows, columns, n, m = columns, rows, m, n
         if self.projection == "cosine" and m > _projection.MAX_COSINE_COLUMNS:
             raise ValueError(
                 f"projection='cosine' is exact up to {_projection.MAX_COSINE_COLUMNS} columns, but "
                 f"{path} of shape {shape} has {m} on its {self.side} side. Use "
                 "projection='gaussian', or rank=None for this leaf."
             )
-        return dataclasses.replace(
+        compressed = dataclasses.replace(
             dense,
             rank=int(rank),
             rows=rows,
@@ -219,6 +258,34 @@ class Plan:
             batch=batch,
             projection=self.projection,
         )
+        return compressed if self.side != "both" else _paired(compressed, n, m)
+
+
+# Columns of the sketch across for each of the other: see `flora_accumulate`.
+_ACROSS = 1.25
+
+
+def _paired(leaf: Leaf, n: int, m: int) -> Leaf:
+    """A leaf of n × m, n at least m, with two sketches in the place of one of its rank."""
+    assert leaf.rank is not None
+    entries = n * leaf.rank
+    first = int(entries / (n + _ACROSS * m))
+    second = min((entries - n * first) // m, n)
+    if first < 1:
+        raise ValueError(
+            f"rank {leaf.rank} of {leaf.path} is too small for two sketches in the place of one, "
+            f"of {n} rows and {m} columns. Pass a rank of at least "
+            f"{math.ceil((n + _ACROSS * m) / n)}, or side='smaller'."
+        )
+    across = dataclasses.replace(
+        leaf,
+        path=leaf.path + _SUFFIX,
+        rank=second,
+        rows=leaf.columns,
+        columns=leaf.rows,
+        is_across=True,
+    )
+    return dataclasses.replace(leaf, rank=first, across=across)
 
 
 def shape_and_dtype(path: str, leaf: Any) -> tuple[tuple[int, ...], jnp.dtype]:

@@ -115,6 +115,61 @@ def decompress(sketch: jax.Array, projection: jax.Array) -> jax.Array:
     return jnp.tensordot(sketch, projection, axes=1)
 
 
+def reconstruct(
+    right: jax.Array, left: jax.Array, projection: jax.Array, across: jax.Array
+) -> jax.Array:
+    """The matrix of which both sides are sketched: C = G Aᵀ, `(*rows, k)`, and Rᵀ = Gᵀ Bᵀ.
+
+    `left` is Rᵀ, `(*columns, l)`; A, `(k, *columns)`, and B, `(l, *rows)`, have orthonormal rows.
+    What is in the row space of A is C A; of the rest, with the orthonormal basis Q of C's columns,
+    B tells what Q X must be: the least squares of B Q X = R - B C A, with a ridge.
+
+    Source: Tropp, Yurtsever, Udell and Cevher, "Practical sketching algorithms for low-rank matrix
+    approximation", 2017 (arXiv:1609.00048), with C A added to it.
+    """
+    rows, columns = right.shape[:-1], left.shape[:-1]
+    c, r = right.reshape(-1, right.shape[-1]), left.reshape(-1, left.shape[-1]).T
+    a, b = projection.reshape(len(projection), -1), across.reshape(len(across), -1)
+    # Powers of two change no digit, and keep squares within what float32 has.
+    largest = jnp.maximum(jnp.max(jnp.abs(c)), jnp.max(jnp.abs(r)))
+    exponent = jnp.frexp(largest)[1]
+    c, r = jnp.ldexp(c, -exponent), jnp.ldexp(r, -exponent)
+    q = _orthonormal(c)
+    rest = r - _exactly(_exactly(b, c), a)
+    bq = _exactly(b, q)
+    gram = _ridged(_exactly(bq.T, bq), _RIDGE)
+    factor = (jnp.linalg.cholesky(gram), True)
+    x = jax.scipy.linalg.cho_solve(factor, _exactly(bq.T, rest))
+    matrix = jnp.concatenate([c, q], axis=1) @ jnp.concatenate([a, x])
+    return jnp.ldexp(matrix, exponent).reshape(*rows, *columns)
+
+
+_RIDGE = 1e-3  # of the mean of the diagonal
+
+
+def _exactly(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _ridged(gram: jax.Array, ridge: float) -> jax.Array:
+    """With a part of the mean of its diagonal added to it; one where all is zero."""
+    mean = jnp.trace(gram) / len(gram)
+    own = jnp.where(mean > 0, ridge * mean, 1.0)
+    return gram + own * jnp.eye(len(gram), dtype=gram.dtype)
+
+
+def _orthonormal(matrix: jax.Array) -> jax.Array:
+    """An orthonormal basis of the columns: Cholesky's QR, thrice, with less and less of a shift.
+
+    Without a shift it fails where columns depend on each other, as they do where the rank of a
+    gradient is below that of its sketch.
+    """
+    for shift in (1e-4, 1e-5, 1e-6):
+        factor = jnp.linalg.cholesky(_ridged(_exactly(matrix.T, matrix), shift))
+        matrix = jax.lax.linalg.triangular_solve(factor, matrix, lower=True, transpose_a=True)
+    return matrix
+
+
 def transfer(sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Carry a sketch over to a new projection, C A A'ᵀ: decompress with A, compress with A'.
 

@@ -124,8 +124,11 @@ def state_report(tx: optax.GradientTransformation, params: Any) -> StateReport:
 
 def _rows(sketches: _sketches.Sketches) -> list[ReportRow]:
     rows = []
-    for leaf, kept in zip(sketches.plan, sketches.leaves(), strict=True):
+    rest = iter(sketches.leaves())
+    for leaf in sketches.plan:
+        parts = [next(rest) for _ in leaf.parts]
         # In `per_layer` a leaf is a layer's, and what is kept has a leading axis of layers.
+        kept = parts[0]
         layers = kept.shape[: kept.ndim - len(leaf.stored_shape)]
         shape, full = (*layers, *leaf.shape), kept.dtype
         if _stored.is_quantized(kept):
@@ -139,7 +142,7 @@ def _rows(sketches: _sketches.Sketches) -> list[ReportRow]:
                 None if leaf.rank is None else math.prod(leaf.shape[i] for i in leaf.columns),
                 leaf.reason,
                 kept.dtype.name,
-                sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)),
+                sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts)),
                 math.prod(shape) * full.itemsize,
             )
         )

@@ -114,29 +114,40 @@ class Sketches:
         register_with_flax(_stored.Quantized, ("words", "scales"))
         flat = jax.tree.leaves(params)
         with sending():
-            zeros = [leaf.zeros(x, dtype(leaf.dtype)) for leaf, x in zip(plan, flat, strict=True)]
+            each = [
+                [part.zeros(x, dtype(leaf.dtype)) for part in leaf.parts]
+                for leaf, x in zip(plan, flat, strict=True)
+            ]
+            parts, zeros = parts_of(plan), [own for several in each for own in several]
             words = {
-                leaf.path: jnp.array(_keys.words(leaf.path))
-                for leaf, own in zip(plan, zeros, strict=True)
-                if leaf.rank or _stored.is_quantized(own)
+                part.path: jnp.array(_keys.words(part.path))
+                for part, own in zip(parts, zeros, strict=True)
+                if part.rank or _stored.is_quantized(own)
             }
-            digest, cycle = jnp.array(_digest(plan, settings, zeros)), jnp.zeros([], jnp.int32)
+            digest, cycle = jnp.array(_digest(parts, settings, zeros)), jnp.zeros([], jnp.int32)
             base = _keys.base_key(key)
-        pairs = zip(zeros, plan, strict=True)
-        axes = [_stored.named(own, leaf.kept_axes) for own, leaf in pairs]
-        arrays = _boxes.fill(params, zeros, axes)
+        axes = [
+            [_stored.named(x, part.kept_axes) for x, part in zip(own, leaf.parts, strict=True)]
+            for own, leaf in zip(each, plan, strict=True)
+        ]
+        arrays = _boxes.fill(params, each, axes)
         return cls(arrays, words, base, cycle, digest, plan, settings)
 
+    @property
+    def parts(self) -> list[_leaves.Leaf]:
+        """A leaf for everything that is stored: two where a leaf of the plan has two sketches."""
+        return parts_of(self.plan)
+
     def leaves(self) -> list[_stored.Stored]:
-        """What is stored, in the order of `plan`."""
+        """What is stored, in the order of `parts`."""
         return jax.tree.leaves(self.arrays, is_leaf=_stored.is_quantized)
 
     def read(self) -> list[jax.Array]:
-        """The arrays in the order of `plan`."""
+        """The arrays in the order of `parts`."""
         return [_stored.read(own) for own in self.leaves()]
 
     def replace(self, leaves: Sequence[_stored.Stored], **fields: Any) -> "Sketches":
-        """The same with others stored, given in the order of `plan`."""
+        """The same with others stored, given in the order of `parts`."""
         treedef = jax.tree.structure(self.arrays, is_leaf=_stored.is_quantized)
         return dataclasses.replace(self, arrays=jax.tree.unflatten(treedef, leaves), **fields)
 
@@ -154,12 +165,13 @@ class Sketches:
         found = None
         if self.settings != settings:
             found = f"{self.settings}, got {settings}"
-        for leaf, array in zip(self.plan, self.leaves(), strict=True):
+        parts = self.parts
+        for leaf, array in zip(parts, self.leaves(), strict=True):
             if tuple(array.shape) != leaf.stored_shape:
                 found = f"{leaf}, got an array of shape {tuple(array.shape)}"
             elif not _stored.fits(array):
                 found = f"{leaf.path} in {array.dtype}, got an array in other numbers"
-        same = jnp.all(self.digest == _digest(self.plan, self.settings, self.leaves()))
+        same = jnp.all(self.digest == _digest(parts, self.settings, self.leaves()))
         if not found and agrees(same) is False:
             found = (
                 f"others than {self.settings}, other ranks or bits, by the digest that was saved"
@@ -169,7 +181,7 @@ class Sketches:
                 f"The state was made under other settings than those of the transformation: {found}"
                 ". Pass the settings that the state was made with, or call init again."
             )
-        pairs = zip(self.plan, self.leaves(), strict=True)
+        pairs = zip(parts, self.leaves(), strict=True)
         nan = functools.partial(where_true, same)
         arrays = [
             _stored.scaled(nan, own) if leaf.rank or _stored.is_quantized(own) else own
@@ -179,7 +191,7 @@ class Sketches:
 
     def keys(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
         """By its name, per compressed leaf, or some of them, the keys of its matrices, `(n, 2)`."""
-        chosen = [leaf for leaf in (self.plan if leaves is None else leaves) if leaf.rank]
+        chosen = [leaf for leaf in (self.parts if leaves is None else leaves) if leaf.rank]
         words = [self.words[leaf.path] for leaf in chosen]
         own = _keys.of_matrices(chosen, words, self.key, self.cycle)
         return {leaf.path: key for leaf, key in zip(chosen, own, strict=True)}
@@ -189,17 +201,23 @@ class Sketches:
         key = _keys.fold(self.key, self.cycle)
         return _keys.fold_words(key, jnp.stack([self.words[leaf.path] for leaf in leaves]))
 
-    def stamped(self, arrays: Sequence[jax.Array], leaves: Sequence[_leaves.Leaf]) -> list[Sketch]:
-        """Sketches of compressed leaves that were made with the projections of the cycle."""
+    def stamped(self, arrays: Sequence[Any], leaves: Sequence[_leaves.Leaf]) -> list[Sketch]:
+        """Sketches of compressed leaves that were made with the projections of the cycle.
+
+        Of leaves with two, a pair of arrays.
+        """
         if not leaves:
             return []
         digits = _digits(self.keys_of(leaves))
         stamps = _WEIGHT * jnp.concatenate([digits, jnp.ones_like(digits[:, :1])], axis=1)
         triples = zip(arrays, _keys.rows(stamps), leaves, strict=True)
-        return [Sketch(x, _meshes.varying_as(stamp, x), leaf) for x, stamp, leaf in triples]
+        return [
+            Sketch(x, _meshes.varying_as(stamp, jax.tree.leaves(x)[0]), leaf)
+            for x, stamp, leaf in triples
+        ]
 
-    def admit(self, sketches: Sequence[Sketch]) -> list[jax.Array]:
-        """Their arrays, if they were made with the projections of the cycle; else NaN."""
+    def admit(self, sketches: Sequence[Sketch]) -> list[list[jax.Array]]:
+        """The arrays of each, if they were made with the projections of the cycle; else NaN."""
         # All together, but for those whose stamps have other axes of a `shard_map` in their type.
         groups: dict[Any, list[int]] = {}
         for i, sketch in enumerate(sketches):
@@ -216,7 +234,7 @@ class Sketches:
                         "cycle or key. Give value_and_grad the very state as opt_state that is "
                         "updated with it."
                     )
-                arrays[i] = where_true(is_right, sketch.array)
+                arrays[i] = [where_true(is_right, x) for x in jax.tree.leaves(sketch.array)]
         return [arrays[i] for i in range(len(sketches))]
 
     def _are_right(self, sketches: Sequence[Sketch]) -> jax.Array:
@@ -232,7 +250,7 @@ class Sketches:
 
     def draw(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
         """By its name, per compressed leaf its projections, `(*batch, rank, *columns)`, float32."""
-        chosen = [leaf for leaf in (self.plan if leaves is None else leaves) if leaf.rank]
+        chosen = [leaf for leaf in (self.parts if leaves is None else leaves) if leaf.rank]
         if not chosen:
             return {}
         words = [self.words[leaf.path] for leaf in chosen]
@@ -240,20 +258,20 @@ class Sketches:
         drawn = _keys.draw_all(chosen, keys)
         return {leaf.path: a for leaf, a in zip(chosen, drawn, strict=True)}
 
-    def compress(
-        self, grads: Sequence[Any], leaves: Sequence[_leaves.Leaf] | None = None
-    ) -> list[jax.Array]:
-        """Per leaf the sketch of its gradient, which may be one already; dense ones as they are."""
-        pairs = list(zip(self.plan if leaves is None else leaves, grads, strict=True))
-        drawn = self.draw([leaf for leaf, grad in pairs if not isinstance(grad, Sketch)])
+    def compress(self, grads: Sequence[Any]) -> list[jax.Array]:
+        """Per part the sketch of its leaf's gradient, which may be one; dense ones as they are."""
+        pairs = list(zip(self.plan, grads, strict=True))
+        dense = [leaf for leaf, grad in pairs if not isinstance(grad, Sketch)]
+        drawn = self.draw(parts_of(dense))
         born = iter(self.admit([grad for _, grad in pairs if isinstance(grad, Sketch)]))
         sketches = []
         for leaf, grad in pairs:
             if isinstance(grad, Sketch):
-                sketches.append(next(born))
-            else:
-                a = drawn.get(leaf.path)
-                sketches.append(grad if a is None else leaf.compress(grad, a))
+                sketches += next(born)
+                continue
+            for part in leaf.parts:
+                a = drawn.get(part.path)
+                sketches.append(grad if a is None else part.compress(grad, a))
         return sketches
 
     def match(self, updates: Any, what: str = "gradient") -> tuple[list[Any], Any]:
@@ -304,7 +322,7 @@ class Sketches:
         Sketches and integers are rounded stochastically, so that they are right on average; leaves
         that are kept dense in floats are cast, as Optax does.
         """
-        triples = [*zip(self.plan, values, self.leaves(), strict=True)]
+        triples = [*zip(self.parts, values, self.leaves(), strict=True)]
         keys = self.rounding_keys(
             [
                 leaf.path
@@ -338,6 +356,11 @@ def _digest(
         bits = (kept.bits,) if isinstance(kept, _stored.Quantized) else ()
         digest = digest + _keys.words((*leaf.geometry, *bits))
     return digest
+
+
+def parts_of(leaves: Sequence[_leaves.Leaf]) -> list[_leaves.Leaf]:
+    """The leaves one sketch each: two of those that have two."""
+    return [part for leaf in leaves for part in leaf.parts]
 
 
 def sending() -> contextlib.AbstractContextManager[None]:

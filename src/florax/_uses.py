@@ -125,7 +125,8 @@ class Use(abc.ABC):
             for part, scale in zip(view.scales, source.scales, strict=True)
         ]
         d_scales = [jnp.zeros_like(scale) for scale in source.scales]
-        if root is not None:
+        # Of two sketches of the same weight one gives them.
+        if root is not None and not view.leaf.is_across:
             for number, d_scale in self._d_scales(piece, dy, other, root, scales).items():
                 d_scales[number] = view.scales[number].update(
                     d_scales[number], source.positions, functools.partial(_replaced, new=d_scale)

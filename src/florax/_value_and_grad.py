@@ -35,7 +35,7 @@ class Born(NamedTuple):
     """What the sketch of one leaf's gradient is made with.
 
     Attributes:
-      leaf: the leaf.
+      leaf: the leaf, or of one with two sketches the part.
       keys: of its matrices in the cycle, shape `(matrices, 2)`, or what was drawn with them; of a
         dense leaf, none.
       sketches: what it will be added to.
@@ -137,8 +137,9 @@ def born(tx: optax.GradientTransformation, opt_state: Any, program: Program) -> 
     seen = _calls.look(tx, opt_state, params)
     check_first(seen)
     found: dict[int, Born] = {}
+    count = len(program.leaves)
     for own in (own for seen in seen if seen.is_first for own in with_keys(seen.sketch)):
-        number = numbers.get(own.leaf.path)
+        number = numbers.get(own.leaf.of)
         if number is None or jnp.shape(program.leaves[number]) != own.leaf.shape:
             raise ValueError(
                 f"opt_state was made for parameters with {own.leaf.path} of shape "
@@ -146,7 +147,7 @@ def born(tx: optax.GradientTransformation, opt_state: Any, program: Program) -> 
                 "the state of these parameters, or their argnums."
             )
         if own.leaf.rank:
-            found[number] = own
+            found[number + count * own.leaf.is_across] = own
     return found
 
 
@@ -162,9 +163,9 @@ def check_first(seen: Sequence[_calls.Seen], all_of_them: bool = False) -> None:
 
 
 def with_keys(sketches: _sketches.Sketches) -> list[Born]:
-    """Per leaf what its sketch is made with in the cycle; dense ones too."""
+    """Per part what its sketch is made with in the cycle; dense ones too."""
     keys, none = sketches.keys(), jnp.zeros((1, 2), jnp.uint32)
-    return [Born(leaf, keys.get(leaf.path, none), sketches) for leaf in sketches.plan]
+    return [Born(part, keys.get(part.path, none), sketches) for part in sketches.parts]
 
 
 def differentiate(
@@ -207,7 +208,7 @@ def _with_projections(program: Program, found: dict[int, Born]) -> dict[int, Bor
     place = _dependencies.first_reads(program.jaxpr)
     numbers = sorted(
         (i for i, own in found.items() if own.leaf.rank and not own.leaf.batch),
-        key=place.__getitem__,
+        key=lambda i: place[i % len(place)],
     )
     if not numbers:
         return found
@@ -224,7 +225,8 @@ def obstacles(program: Program, found: dict[int, Born]) -> dict[int, tuple[str, 
     def probe() -> None:
         carriers = {i: jnp.zeros(own.leaf.stored_shape) for i, own in found.items()}
         _, _, own = _evaluate(program, found, carriers, dict(enumerate(program.leaves)), {})
-        notes.update({number: tuple(reasons) for number, reasons in own.items()})
+        count = len(program.leaves)
+        notes.update({i: tuple(reasons) for i, reasons in own.items() if i < count})
 
     jax.eval_shape(probe)
     return notes
@@ -245,9 +247,9 @@ def _evaluate(
     params: list[Any] = []
     for number, leaf in enumerate(program.leaves):
         if number in found:
-            own = found[number]
-            weight = _weights.Weight.of(jnp.asarray(leaf), number, own.leaf, own.keys)
-            params.append(weight)
+            parts = [i for i in (number, number + len(program.leaves)) if i in found]
+            born = [(i, found[i].leaf, found[i].keys) for i in parts]
+            params.append(_weights.Weight.of(jnp.asarray(leaf), born))
         else:
             params.append(dense[number])
     # What is not scanned over once has all of its uses added up before it is written.
@@ -321,14 +323,20 @@ def value_and_grad(
         totals = {}
         for i, how in found.items():
             dtype = jnp.promote_types(how.leaf.dtype, jnp.float32)
-            totals[i] = _stored.read(how.leaf.zeros(program.leaves[i], dtype))
+            like = program.leaves[i % len(program.leaves)]
+            totals[i] = _stored.read(how.leaf.zeros(like, dtype))
         results, sketches, dense = differentiate(program, found, totals)
         grads: list[Any] = [dense.get(i) for i in range(len(program.leaves))]
         for own in {id(born.sketches): born.sketches for born in found.values()}.values():
-            numbers = [i for i, born in found.items() if born.sketches is own]
-            leaves = [found[i].leaf for i in numbers]
-            stamped = own.stamped([sketches[i] for i in numbers], leaves)
-            for i, sketch in zip(numbers, stamped, strict=True):
+            count = len(program.leaves)
+            numbers = [i for i, born in found.items() if born.sketches is own and i < count]
+            paths = {leaf.path: leaf for leaf in own.plan}
+            leaves = [paths[program.paths[i]] for i in numbers]
+            arrays = [
+                (sketches[i], sketches[i + count]) if i + count in sketches else sketches[i]
+                for i in numbers
+            ]
+            for i, sketch in zip(numbers, own.stamped(arrays, leaves), strict=True):
                 grads[i] = sketch
         return program.result(results), jax.tree.unflatten(program.treedef, grads)
 

@@ -1,6 +1,7 @@
 """Whole steps inside one jit: from a loss, an optimizer and data to new parameters."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -185,10 +186,14 @@ def _sum_in_place(
     """The same, with the backward pass itself adding to the sums of the states."""
     _value_and_grad.check_first([seen for _, seen in reached], all_of_them=True)
     numbers = {path: number for number, path in enumerate(_dimensions.names(params))}
-    plans = [[numbers[leaf.path] for leaf in seen.sketch.plan] for _, seen in reached]
+    shift = len(numbers)  # of the numbers of second sketches
+    plans = [
+        [numbers[part.of] + shift * part.is_across for part in seen.sketch.parts]
+        for _, seen in reached
+    ]
     # The keys once for all micro-batches. Dense leaves too: their gradients are summed in place.
     born = [own for _, seen in reached for own in _value_and_grad.with_keys(seen.sketch)]
-    found = {numbers[own.leaf.path]: own for own in born}
+    found = dict(zip(itertools.chain(*plans), born, strict=True))
     again: list[Callable[..., Any]] = []
 
     def micro_step(sums: dict[int, jax.Array], xs: tuple[jax.Array, tuple[Any, ...]]) -> Any:

@@ -37,10 +37,11 @@ class Weight:
     is_pure: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @classmethod
-    def of(cls, array: jax.Array, number: int, leaf: Any, keys: jax.Array) -> "Weight":
-        """A weight itself, with the keys of its matrices."""
-        piece = _pieces.Piece(number, _views.View.of(leaf), (0,) * array.ndim)
-        return cls(array, None, (_uses.Source(keys),), (piece,))
+    def of(cls, array: jax.Array, parts: Sequence[tuple[int, Any, jax.Array]]) -> "Weight":
+        """A weight itself; for each of its sketches a number, a leaf and the keys of matrices."""
+        start = (0,) * array.ndim
+        pieces = [_pieces.Piece(i, _views.View.of(leaf), start) for i, leaf, _ in parts]
+        return cls(array, None, tuple(_uses.Source(keys) for *_, keys in parts), tuple(pieces))
 
     @property
     def shape(self) -> tuple[int, ...]:
