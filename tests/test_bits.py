@@ -279,7 +279,7 @@ def on_mesh(tx, axis_type, specs):
 
 
 AXIS_TYPES = pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+    "axis_type", [AxisType.Explicit, *by_night([AxisType.Auto])], ids=["explicit", "auto"]
 )
 FULL_SIZE, SKETCHED = both(full_size), both(3)
 
@@ -297,7 +297,8 @@ def test_on_a_mesh_the_bits_are_those_of_one_device(axis_type, specs):
     chex.assert_trees_all_equal(on_mesh(FULL_SIZE, axis_type, specs), on_one_device(FULL_SIZE))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, *by_night([AxisType.Auto])], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_sketches_on_a_mesh_are_those_of_one_device_but_for_single_roundings(axis_type):
     """Sums over divided columns are taken in another order, which tips one rounding in thousands.
 
@@ -511,8 +512,15 @@ def test_what_is_not_finite_is_forgotten_with_its_cycle():
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank, bits", [(None, jnp.int4), (8, jnp.int8)], ids=["full", "short"])
+@pytest.mark.parametrize(
+    "rank, bits, kind",
+    [
+        pytest.param(None, jnp.int4, "auto", id="full-auto", marks=pytest.mark.slow),
+        pytest.param(None, jnp.int4, "explicit", id="full-explicit"),
+        pytest.param(8, jnp.int8, "auto", id="short-auto", marks=pytest.mark.slow),
+        pytest.param(8, jnp.int8, "explicit", id="short-explicit", marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_step_on_a_mesh_is_that_of_one_device(rank, bits, kind):
     """Rank 8 is shorter than a block, which then has several rows, of several devices."""
     width = 64

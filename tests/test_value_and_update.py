@@ -1,6 +1,7 @@
 """A whole accumulating step in one jit does what the loop of gradients and updates does."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -163,17 +164,26 @@ def test_a_bfloat16_accumulator_is_rounded_at_every_micro_batch():
 
 
 # Of a weight met in every way that a loop over layers can, and of others.
-OFTEN = {
-    *("a_scan_over_layers", "a_tied_weight", "a_scan_of_a_checkpoint", "layers_taken_by_number"),
-    *("a_scan_over_time", "a_scan_over_layers_of_experts", "attention_kernels_of_three_axes"),
+BY_DAY = {
+    ("a_scan_over_layers", False, "int4"),
+    ("a_scan_over_layers", True, "int8"),
+    ("a_scan_of_a_checkpoint", False, "int8"),
+    ("a_tied_weight", False, "int4"),
+    ("a_scan_over_layers_of_experts", False, "int4"),
+    ("layers_taken_by_number", True, "int8"),
 }
 
 
-@pytest.mark.parametrize("bits", [jnp.int8, jnp.int4], ids=["int8", "int4"])
-@pytest.mark.parametrize("is_sketch", [False, True], ids=["full size", "sketch"])
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in losses.CASES],
+    "name, is_sketch, bits",
+    [
+        pytest.param(
+            *combination,
+            id=f"{combination[0]}-{'sketch' if combination[1] else 'full size'}-{combination[2]}",
+            marks=() if combination in BY_DAY else pytest.mark.slow,
+        )
+        for combination in itertools.product(losses.CASES, [False, True], ["int8", "int4"])
+    ],
 )
 def test_integers_are_rounded_once_a_micro_batch_as_by_the_loop(name, is_sketch, bits):
     """To the same neighbours, but for what float32 leaves open of the sums that are rounded."""
@@ -194,7 +204,7 @@ def test_integers_are_rounded_once_a_micro_batch_as_by_the_loop(name, is_sketch,
     _, got, after = run(case.params, state, *batches)
     wanted, expected_after = jax.jit(loop)(case.params, state)
     chex.assert_trees_all_equal(after.sketch.cycle, expected_after.sketch.cycle)
-    gap = 1 / 127 if bits == jnp.int8 else 0.25  # at most, of the largest entry
+    gap = 1 / 127 if bits == "int8" else 0.25  # at most, of the largest entry
     for own in zip(*map(jax.tree.leaves, (got, wanted, case.params)), strict=True):
         new, want, old = (np.asarray(x, np.float64) for x in own)
         error, largest = abs(new - want), abs(want - old).max()
@@ -205,7 +215,7 @@ def test_integers_are_rounded_once_a_micro_batch_as_by_the_loop(name, is_sketch,
             assert np.mean(error > 1e-4 * largest) < 0.02
 
 
-@pytest.mark.parametrize("bits", [jnp.int8, jnp.int4], ids=["int8", "int4"])
+@pytest.mark.parametrize("bits", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_in_few_bits_one_layer_is_there_in_float32(bits):
     """Of a scanned stack neither the gradient nor its sum exists, in the sketch's stead."""
     tx = florax.flora_accumulate(
