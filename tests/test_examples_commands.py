@@ -227,6 +227,7 @@ def type_of(script):
     return {"t5": T5, "gpt2": GPT2, "llama": Llama, "vit": ViT}[script]
 
 
+FEW = ["--model", "{gpt2}", "--data", "{pairs}", "--length", "96"]  # nothing to be trained first
 OTHERS_TOKENS = ["--data", "{pairs}", "--tokenizer", "{stories}"]
 MISTAKES = [
     ("gpt2", ["--data", "nowhere"], "there is no folder nowhere"),
@@ -234,7 +235,7 @@ MISTAKES = [
     ("gpt2", ["--rank", "0"], "rank must be at least 1, got 0"),
     ("gpt2", ["--learning-rate", "-1"], "learning_rate must be positive, got -1.0"),
     ("gpt2", ["--warmup", "1.5"], "warmup must be in [0, 1), got 1.5"),
-    ("gpt2", ["--length", "5"], "length=5 leaves none of"),
+    ("gpt2", ["--data", "{pairs}", "--length", "5"], "length=5 leaves none of"),
     ("gpt2", ["--length", "2000"], "n_positions=96"),
     (
         "gpt2",
@@ -243,7 +244,7 @@ MISTAKES = [
     ),
     ("t5", ["--model", "{t5}", *OTHERS_TOKENS], "vocab_size=300"),
     ("llama", ["--model", "{llama}", *OTHERS_TOKENS], "vocab_size=300"),
-    ("gpt2", ["--micro-batch", "99999"], "micro_batch=99999 is more than the"),
+    ("gpt2", [*FEW, "--micro-batch", "99999"], "micro_batch=99999 is more than the"),
     ("gpt2", ["--metod", "naive"], "--metod"),
     ("gpt2", ["--method", "full"], "full"),
     ("gpt2", ["--freeze-a"], "freeze_a is LoRA's, got method=flora"),
@@ -257,9 +258,13 @@ MISTAKES = [
         ["--layerwise", "--scan", "--gradients", "dense"],
         "layerwise needs gradients=sketched",
     ),
-    ("gpt2", ["--rank", "160"], "rank=160 compresses nothing"),
-    ("gpt2", ["--rank", "160", "--method", "lora"], "rank=160 saves nothing in"),
-    ("gpt2", ["--output", __file__], "cannot be a folder"),
+    ("gpt2", [*FEW, "--micro-batch", "4", "--rank", "160"], "rank=160 compresses nothing"),
+    (
+        "gpt2",
+        [*FEW, "--micro-batch", "4", "--rank", "160", "--method", "lora"],
+        "rank=160 saves nothing in",
+    ),
+    ("gpt2", [*FEW, "--micro-batch", "4", "--output", __file__], "cannot be a folder"),
     ("t5", ["--model", "{gpt2}"], "describes a model of type 'gpt2', not 't5'"),
     ("vit", ["--data", "{pairs}"], "has no train split: it needs a file train.npz"),
     ("llama", ["--data", "{images}"], "no train"),

@@ -249,6 +249,17 @@ def test_what_needs_no_rounding_is_kept_whatever_the_key(bits):
     assert np.all(abs(moved) <= max(np.diff(levels(bits))) * scale_of_each(array) * (1 + INEXACT))
 
 
+@pytest.mark.parametrize("bits, even, expected", [(4, 7, 0.82), (2, 1, 0.42)])
+def test_levels_closer_near_zero_round_with_less_noise_than_even_ones(bits, even, expected):
+    """The expected square of an error is the product of the distances to both neighbours."""
+    value = np.asarray(jax.random.normal(jax.random.key(13), (4000, 64)))
+    errors = np.asarray(read(stored(value, bits)), np.float64) - value
+    largest = abs(value).max(1, keepdims=True)
+    part = value / largest * even % 1
+    noise = (part * (1 - part) * (largest / even) ** 2).mean()
+    assert abs((errors**2).mean() / noise - expected) < 0.01
+
+
 @BY_DAY_8
 def test_the_largest_of_a_block_is_never_rounded(bits):
     value = jnp.ones((1, 64)).at[0, 7].set(-3.0)

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import florax
+from florax import _dependencies
 
 # Sums of at most 60 products of size 1, twice.
 CLOSE = dict(rtol=2e-5, atol=5e-6)
@@ -230,6 +231,20 @@ def test_in_few_bits_one_layer_is_there_in_float32(bits):
     assert floats_made(scan.params["jaxpr"].jaxpr, {PARAMS["head"].size})
     dense = jax.make_jaxpr(jax.grad(loss_fn))(PARAMS, *jax.tree.map(lambda x: x[0], BATCHES))
     assert floats_made(dense.jaxpr, stacks) == {"scan"}
+
+
+def test_which_weights_are_scanned_over_once_is_told_from_each_inner_program_once():
+    """Of jits that are called twice by each other there are 2³⁰ calls."""
+
+    def program(w, stack, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0] @ w
+
+    for _ in range(30):
+        program = jax.jit(lambda w, stack, x, inner=program: inner(w, stack, inner(w, stack, x)))
+    jaxpr = jax.make_jaxpr(program)(jnp.eye(2), jnp.ones((3, 2, 2)), jnp.ones(2)).jaxpr
+    assert _dependencies.scanned_once(jaxpr) == [False, False, False]
+    once = jax.make_jaxpr(jax.jit(lambda s, x: jax.lax.scan(lambda x, w: (x @ w, None), x, s)))
+    assert _dependencies.scanned_once(once(jnp.ones((3, 2, 2)), jnp.ones(2)).jaxpr) == [True, False]
 
 
 def floats_made(jaxpr, sizes):

@@ -98,10 +98,11 @@ def flora_accumulate(
         Sketches in a narrower one are rounded stochastically. `jnp.int8` and `jnp.int4` (and
         `jnp.int2`) keep sketches and dense leaves alike in so many bits, and a float32 scale for
         every 33 to 64 entries, rounded stochastically at every micro-step. Of the bytes of a
-        full-size float32 accumulator a quarter is full size (`rank` a function that gives None) in
-        8 bits, without loss; an eighth the same in 4, with hardly any; a sixteenth in 2, for few
-        micro-batches an update, or sketches of half of the width in 4; and 1/32 sketches of a
-        quarter of the width in 4. Sketches are faster, peak lower, and can be summed over devices.
+        full-size float32 accumulator take for about a quarter full size (`rank` a function that
+        gives None) in 8 bits; for an eighth the same in 4; for a sixteenth in 2, if an update has
+        few micro-batches, or sketches of half of the width in 4; and for 1/32 sketches of a quarter
+        of the width in 4: the README says what each costs. Sketches are faster, peak lower, and
+        can be summed over devices.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `FloraAccumulateState`. A

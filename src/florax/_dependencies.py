@@ -39,6 +39,8 @@ def scanned_once(jaxpr: _jaxprs.Jaxpr) -> list[bool]:
 
 def _scanned(jaxpr: _jaxprs.Jaxpr) -> list[int]:
     """For every operand how many loops scan over it; of another use, two."""
+    if jaxpr in _SCANNED:
+        return _SCANNED[jaxpr]
     counts = [0] * len(jaxpr.invars)
     # Which operand a variable is, unchanged but in type and in the order of its axes.
     own: dict[Any, int] = {var: number for number, var in enumerate(jaxpr.invars)}
@@ -61,6 +63,7 @@ def _scanned(jaxpr: _jaxprs.Jaxpr) -> list[int]:
         for var, source in zip(equation.outvars, sources, strict=True):
             if source is not None and (operand := read[source]) is not None:
                 own[var] = operand
+    _SCANNED[jaxpr] = counts
     return counts
 
 
@@ -174,6 +177,7 @@ def wanted(jaxpr: _jaxprs.Jaxpr, results: tuple[bool, ...]) -> frozenset[Any]:
 
 # Programs are nested, and called more than once: what is known of one is not found again.
 _WANTED: weakref.WeakKeyDictionary[_jaxprs.Jaxpr, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_SCANNED: weakref.WeakKeyDictionary[_jaxprs.Jaxpr, list[int]] = weakref.WeakKeyDictionary()
 _FORWARDED: weakref.WeakKeyDictionary[_jaxprs.Jaxpr, list[int | None]] = weakref.WeakKeyDictionary()
 
 

@@ -63,6 +63,7 @@ class Evaluator:
       wanted: the variables of the program through which gradients reach the loss.
       found: what is shared.
       line: which line of the user's program has led here.
+      given: the weights whose totals go on after the program.
     """
 
     totals: dict[int, jax.Array]
@@ -70,6 +71,7 @@ class Evaluator:
     wanted: frozenset[Any]
     found: Findings
     line: str = ""
+    given: tuple[int, ...] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.given = tuple(self.totals)

@@ -162,16 +162,15 @@ class Sketches:
         that are kept dense in floats do not, for they must stay what they are with Optax, to the
         bit.
         """
-        found = None
+        found, leaves = None, self.leaves()
         if self.settings != settings:
             found = f"{self.settings}, got {settings}"
-        parts = self.parts
-        for leaf, array in zip(parts, self.leaves(), strict=True):
+        for leaf, array in zip(self.parts, leaves, strict=True):
             if tuple(array.shape) != leaf.stored_shape:
                 found = f"{leaf}, got an array of shape {tuple(array.shape)}"
             elif not _stored.fits(array):
                 found = f"{leaf.path} in {array.dtype}, got an array in other numbers"
-        same = jnp.all(self.digest == _digest(parts, self.settings, self.leaves()))
+        same = jnp.all(self.digest == _digest(self.parts, self.settings, leaves))
         if not found and agrees(same) is False:
             found = (
                 f"others than {self.settings}, other ranks or bits, by the digest that was saved"
@@ -181,17 +180,16 @@ class Sketches:
                 f"The state was made under other settings than those of the transformation: {found}"
                 ". Pass the settings that the state was made with, or call init again."
             )
-        pairs = zip(parts, self.leaves(), strict=True)
         nan = functools.partial(where_true, same)
         arrays = [
             _stored.scaled(nan, own) if leaf.rank or _stored.is_quantized(own) else own
-            for leaf, own in pairs
+            for leaf, own in zip(self.parts, leaves, strict=True)
         ]
         return self.replace(arrays), same
 
-    def keys(self, leaves: Sequence[_leaves.Leaf] | None = None) -> dict[str, jax.Array]:
-        """By its name, per compressed leaf, or some of them, the keys of its matrices, `(n, 2)`."""
-        chosen = [leaf for leaf in (self.parts if leaves is None else leaves) if leaf.rank]
+    def keys(self) -> dict[str, jax.Array]:
+        """By its name, per compressed part the keys of its matrices, `(n, 2)`."""
+        chosen = [leaf for leaf in self.parts if leaf.rank]
         words = [self.words[leaf.path] for leaf in chosen]
         own = _keys.of_matrices(chosen, words, self.key, self.cycle)
         return {leaf.path: key for leaf, key in zip(chosen, own, strict=True)}
@@ -261,8 +259,7 @@ class Sketches:
     def compress(self, grads: Sequence[Any]) -> list[jax.Array]:
         """Per part the sketch of its leaf's gradient, which may be one; dense ones as they are."""
         pairs = list(zip(self.plan, grads, strict=True))
-        dense = [leaf for leaf, grad in pairs if not isinstance(grad, Sketch)]
-        drawn = self.draw(parts_of(dense))
+        drawn = self.draw(parts_of([leaf for leaf, grad in pairs if not isinstance(grad, Sketch)]))
         born = iter(self.admit([grad for _, grad in pairs if isinstance(grad, Sketch)]))
         sketches = []
         for leaf, grad in pairs:
