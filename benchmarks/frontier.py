@@ -4,7 +4,8 @@
 
 A small GPT learns bytes of text, by Adafactor, from micro-batches of one row. A variant is what it
 accumulates in: `int4` a full-size accumulator in 4 bits, `64-int8` sketches of rank 64 (of a width
-of 256, cosine) in 8 bits, `none` nothing, an update a micro-batch. Every one has the best of its
+of 256, cosine) in 8 bits, `64-both-int8` sketches of both sides in the same bytes, `none` nothing,
+an update a micro-batch. Every one has the best of its
 learning rates, by the mean held-out loss of the seeds, which train at once.
 
 `--data` is a folder of texts as the examples read it; the default's are too few to tell small
@@ -14,10 +15,11 @@ differences.
 import dataclasses
 import functools
 import math
+import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +51,27 @@ class Settings:
             parse(variant)
 
 
-def parse(variant: str) -> tuple[int | None, str] | None:
-    """The rank, None for full size, and the dtype of a variant; None for no accumulator."""
+VARIANT = re.compile(r"((\d+)-(both-)?)?(float32|bfloat16|int8|int4|int2)")
+
+
+class Variant(NamedTuple):
+    rank: int | None  # None for full size
+    side: str
+    dtype: str
+
+
+def parse(variant: str) -> Variant | None:
+    """What a variant accumulates in; None for nothing."""
     if variant == "none":
         return None
-    *rank, dtype = variant.split("-")
-    is_known = dtype in ("float32", "bfloat16", "int8", "int4", "int2")
-    if len(rank) > 1 or not is_known or not all(map(str.isdigit, rank)):
-        raise ValueError(f"variants are none, a dtype, or a rank and one as 64-int8, got {variant}")
-    return (int(rank[0]) if rank else None), dtype
+    found = VARIANT.fullmatch(variant)
+    if found is None:
+        raise ValueError(
+            "variants are none, a dtype, or a rank and one as 64-int8 or 64-both-int8, got "
+            f"{variant}"
+        )
+    _, rank, both, dtype = found.groups()
+    return Variant(int(rank) if rank else None, "both" if both else "smaller", dtype)
 
 
 def optimizer(s: Settings, variant: str, learning_rate: Any, key: Any) -> Any:
@@ -68,13 +82,18 @@ def optimizer(s: Settings, variant: str, learning_rate: Any, key: Any) -> Any:
     parsed = parse(variant)
     if parsed is None:
         return base
-    rank, dtype = parsed
 
     def ranks(path: Any, leaf: Any) -> int | None:
-        return rank if leaf.ndim == 3 else None
+        return parsed.rank if leaf.ndim == 3 else None
 
     return florax.flora_accumulate(
-        base, s.accumulate, ranks, projection="cosine", accumulator_dtype=dtype, key=key
+        base,
+        s.accumulate,
+        ranks,
+        projection="cosine",
+        side=parsed.side,
+        accumulator_dtype=parsed.dtype,
+        key=key,
     )
 
 

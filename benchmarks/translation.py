@@ -44,7 +44,7 @@ class Settings:
 def measure(s: Settings, variant: str, seed: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"method": variant}
     if variant not in ("naive", "none"):
-        rank, dtype = frontier.parse(variant)
+        rank, _, dtype = frontier.parse(variant)
         arguments = {
             "method": "flora",
             "accumulator": "full" if rank is None else "sketch",

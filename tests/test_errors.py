@@ -95,7 +95,9 @@ def test_unknown_projections_are_named_with_the_known_ones(make):
 
 
 def test_unknown_sides_are_named_with_the_known_ones(make):
-    with pytest.raises(ValueError, match="side must be one of 'smaller', 'larger', got 'left'"):
+    with pytest.raises(
+        ValueError, match="side must be one of 'smaller', 'larger', 'both', got 'left'"
+    ):
         make(side="left")
 
 

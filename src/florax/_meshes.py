@@ -122,10 +122,15 @@ def within(like: jax.Array, function: Callable[..., Any], total: jax.Array, *arg
 
 def automatically(function: Callable[..., T], total: T, *args: Any) -> T:
     """`function(total, *args)`, divided as `total` is; on explicit meshes XLA decides between."""
-    if not any(is_explicit(x) for x in jax.tree.leaves((total, args))):
-        return function(total, *args)
-    along = jax.tree.map(lambda x: spec(division(x, range(x.ndim))), total)
-    done: T = jax.sharding.auto_axes(function, out_sharding=along)(total, *args)
+    specs = jax.tree.map(lambda x: spec(division(x, range(x.ndim))), total)
+    return into(specs, function, total, *args)
+
+
+def into(specs: Any, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, divided by `specs` on explicit meshes, where XLA decides between."""
+    if not any(is_explicit(x) for x in jax.tree.leaves(args)):
+        return function(*args)
+    done: T = jax.sharding.auto_axes(function, out_sharding=specs)(*args)
     return done
 
 

@@ -118,33 +118,55 @@ def decompress(sketch: jax.Array, projection: jax.Array) -> jax.Array:
 def reconstruct(
     right: jax.Array, left: jax.Array, projection: jax.Array, across: jax.Array
 ) -> jax.Array:
-    """The matrix of which both sides are sketched: C = G Aᵀ, `(*rows, k)`, and Rᵀ = Gᵀ Bᵀ.
+    """Turn the sketches of both sides of a matrix back into it: unbiased, and near if it can be.
 
-    `left` is Rᵀ, `(*columns, l)`; A, `(k, *columns)`, and B, `(l, *rows)`, have orthonormal rows.
-    What is in the row space of A is C A; of the rest, with the orthonormal basis Q of C's columns,
-    B tells what Q X must be: the least squares of B Q X = R - B C A, with a ridge.
+    Of G, n × m, `right` is C = G Aᵀ, `(*rows, k)`, and `left` is (B G)ᵀ, `(*columns, l)`, where the
+    rows of A, `(k, *columns)`, and of B, `(l, *rows)`, are orthonormal, and l > k. G is guessed in
+    the columns of C, and what the guess leaves of R = B G is enlarged and added:
 
-    Source: Tropp, Yurtsever, Udell and Cevher, "Practical sketching algorithms for low-rank matrix
-    approximation", 2017 (arXiv:1609.00048), with C A added to it.
+        guess = C (A + Y),   Y = argmin ‖R - B C (A + Y)‖² + λ ‖Y‖²
+        G̃ = guess + n / (l - d) · Bᵀ (R - B guess)
+
+    λ = k σ² has the least error if columns of G are independent, with the covariance C Cᵀ / k that
+    C shows, where σ² is the variance of what C's columns leave of an entry of R; of that, least
+    squares leave (l - k) / l. Y is fitted to the same R that then judges it, so explains d of its l
+    dimensions in any case, d = tr H where H R is what is explained: without d, G̃ would be shrunk.
+
+    G̃ Aᵀ = C: what is in A's row space is exact. All of G is, up to rounding, if its rank is below
+    k, or if it is k and C has its rank. It is a step of its own for a matrix and a cycle: k × k.
+
+    Source: beyond the paper. The sketches, and the guess for λ = 0: Tropp, Yurtsever, Udell and
+    Cevher, "Practical sketching algorithms for low-rank matrix approximation", 2017
+    (arXiv:1609.00048); d: Golub, Heath and Wahba, "Generalized cross-validation as a method for
+    choosing a good ridge parameter", 1979.
     """
     rows, columns = right.shape[:-1], left.shape[:-1]
-    c, r = right.reshape(-1, right.shape[-1]), left.reshape(-1, left.shape[-1]).T
-    a, b = projection.reshape(len(projection), -1), across.reshape(len(across), -1)
+    dtype = jnp.promote_types(right.dtype, jnp.float32)
+    c, r = (x.astype(dtype).reshape(-1, x.shape[-1]) for x in (right, left))
+    a, b = (x.astype(dtype).reshape(len(x), -1) for x in (projection, across))
     # Powers of two change no digit, and keep squares within what float32 has.
     largest = jnp.maximum(jnp.max(jnp.abs(c)), jnp.max(jnp.abs(r)))
-    exponent = jnp.frexp(largest)[1]
-    c, r = jnp.ldexp(c, -exponent), jnp.ldexp(r, -exponent)
-    q = _orthonormal(c)
-    rest = r - _exactly(_exactly(b, c), a)
-    bq = _exactly(b, q)
-    gram = _ridged(_exactly(bq.T, bq), _RIDGE)
-    factor = (jnp.linalg.cholesky(gram), True)
-    x = jax.scipy.linalg.cho_solve(factor, _exactly(bq.T, rest))
-    matrix = jnp.concatenate([c, q], axis=1) @ jnp.concatenate([a, x])
+    _, exponent = jnp.frexp(largest)
+    c, r = jnp.ldexp(c, -exponent), jnp.ldexp(r.T, -exponent)
+    n, m, k, l = len(c), len(r.T), len(a), len(b)  # noqa: E741
+
+    # With B C S = P, orthonormal, and Y = S Z, every step is well conditioned, whatever C is.
+    bc = _exactly(b, c)
+    p, s = _orthonormal(bc)
+    rest = r - _exactly(bc, a)
+    z = _exactly(p.T, rest)
+    variance = jnp.sum((rest - _exactly(p, z)) ** 2) / ((l - k) * m)
+    gram = _ridged(_exactly(p.T, p), _SHIFTS[-1])
+    factor = (jnp.linalg.cholesky(gram + k * variance * _exactly(s.T, s)), True)
+    z = jax.scipy.linalg.cho_solve(factor, z)
+    explained = jnp.trace(jax.scipy.linalg.cho_solve(factor, gram))
+
+    wide = jnp.concatenate([c, n / (l - explained) * b.T], axis=1)
+    matrix = wide @ jnp.concatenate([a + _exactly(s, z), rest - _exactly(p, z)])
     return jnp.ldexp(matrix, exponent).reshape(*rows, *columns)
 
 
-_RIDGE = 1e-3  # of the mean of the diagonal
+_SHIFTS = (1e-4, 1e-5, 1e-6)  # of the mean of the diagonal
 
 
 def _exactly(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -158,16 +180,18 @@ def _ridged(gram: jax.Array, ridge: float) -> jax.Array:
     return gram + own * jnp.eye(len(gram), dtype=gram.dtype)
 
 
-def _orthonormal(matrix: jax.Array) -> jax.Array:
-    """An orthonormal basis of the columns: Cholesky's QR, thrice, with less and less of a shift.
+def _orthonormal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An orthonormal basis P of its columns, and S with P = matrix S.
 
-    Without a shift it fails where columns depend on each other, as they do where the rank of a
-    gradient is below that of its sketch.
+    Cholesky's QR, thrice, with less and less of a shift: without one it fails where columns depend
+    on each other, as they do where the rank of a gradient is below that of its sketch.
     """
-    for shift in (1e-4, 1e-5, 1e-6):
-        factor = jnp.linalg.cholesky(_ridged(_exactly(matrix.T, matrix), shift))
-        matrix = jax.lax.linalg.triangular_solve(factor, matrix, lower=True, transpose_a=True)
-    return matrix
+    rows = len(matrix)
+    both = jnp.concatenate([matrix, jnp.eye(matrix.shape[1], dtype=matrix.dtype)])
+    for shift in _SHIFTS:
+        factor = jnp.linalg.cholesky(_ridged(_exactly(both[:rows].T, both[:rows]), shift))
+        both = jax.lax.linalg.triangular_solve(factor, both, lower=True, transpose_a=True)
+    return both[:rows], both[rows:]
 
 
 def transfer(sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

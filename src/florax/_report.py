@@ -22,6 +22,7 @@ class ReportRow(NamedTuple):
       shape: shape of the parameter.
       rank: rank of its sketch; None if it is kept dense.
       side: size m of the projected side; None if it is kept dense.
+      across: where both sides are projected, rank and size of the other; else None.
       reason: why it is kept dense; empty if it is compressed.
       dtype: of what the state keeps for it, by its name.
       state_bytes: bytes of that; of integers and their scales.
@@ -34,6 +35,7 @@ class ReportRow(NamedTuple):
     shape: tuple[int, ...]
     rank: int | None
     side: int | None
+    across: tuple[int, int] | None
     reason: str
     dtype: str
     state_bytes: int
@@ -133,13 +135,16 @@ def _rows(sketches: _sketches.Sketches) -> list[ReportRow]:
         shape, full = (*layers, *leaf.shape), kept.dtype
         if _stored.is_quantized(kept):
             full = jnp.promote_types(leaf.dtype, jnp.float32)
+        rank, side = (leaf.rank, leaf.side) if leaf.rank else (None, None)
+        across = leaf.across and leaf.across.rank and (leaf.across.rank, leaf.across.side)
         rows.append(
             ReportRow(
                 sketches.settings[0],
                 leaf.path,
                 shape,
-                leaf.rank,
-                None if leaf.rank is None else math.prod(leaf.shape[i] for i in leaf.columns),
+                rank,
+                side,
+                across or None,
                 leaf.reason,
                 kept.dtype.name,
                 sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts)),
@@ -156,6 +161,7 @@ class GradientRow(NamedTuple):
       path: the leaf's key path.
       shape: shape of the parameter.
       sketch: shape of its sketch; None if its gradient is dense.
+      across: where both sides are projected, shape of the other sketch; else None.
       reason: why it is dense; empty if it is not.
       dense_uses: the uses of a sketched one whose own gradients are dense until they are compressed
         on the spot: the operations and their lines.
@@ -164,6 +170,7 @@ class GradientRow(NamedTuple):
     path: str
     shape: tuple[int, ...]
     sketch: tuple[int, ...] | None
+    across: tuple[int, ...] | None
     reason: str
     dense_uses: tuple[str, ...] = ()
 
@@ -183,6 +190,7 @@ class GradientReport:
         lines = [("leaf", "shape", "gradient", "dense because of")]
         for row in self.rows:
             gradient = "dense" if row.sketch is None else f"sketch {_shape(row.sketch)}"
+            gradient += f" and {_shape(row.across)}" if row.across else ""
             gradient += ", dense in part" if row.dense_uses else ""
             first, *more = row.dense_uses or (row.reason,)
             lines.append((row.path, _shape(row.shape), gradient, first))
@@ -260,9 +268,12 @@ def gradient_report(
         planned = {leaf.path: leaf.reason for own in seen for leaf in own.sketch.plan}
         for i, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True)):
             reason = planned.get(path, "not of the FLORA transformation")
-            sketch = found[i].leaf.stored_shape if i in found else None
-            dense_uses = obstacles.get(i, ())
-            rows.append(GradientRow(path, jnp.shape(leaf), sketch, reason, dense_uses))
+            sketch, across = (
+                found[number].leaf.stored_shape if number in found else None
+                for number in (i, i + len(program.leaves))
+            )
+            row = GradientRow(path, jnp.shape(leaf), sketch, across, reason, obstacles.get(i, ()))
+            rows.append(row)
 
     _jaxprs.abstractly(probe, args, kwargs)
     return GradientReport(tuple(rows))
@@ -275,10 +286,11 @@ _HEADER = (
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:
-    shape = _shape(row.shape)
-    geometry = ("-", "-") if row.rank is None else (str(row.rank), str(row.side))
+    rank, side = ("-", "-") if row.rank is None else (str(row.rank), str(row.side))
+    if row.across is not None:
+        rank, side = f"{rank} + {row.across[0]}", f"{side} + {row.across[1]}"
     sizes = _sizes(row.state_bytes, row.full_bytes)
-    return (row.path, shape, *geometry, row.dtype, *sizes, row.reason)
+    return (row.path, _shape(row.shape), rank, side, row.dtype, *sizes, row.reason)
 
 
 def _sizes(state_bytes: int, full_bytes: int) -> tuple[str, str, str]:
