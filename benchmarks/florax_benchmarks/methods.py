@@ -5,6 +5,7 @@
     multisteps  the same by `optax.MultiSteps`: a jit call a micro-batch
     dense       FLORA as in the paper: full-size gradients, each then added to sketches
     sketched    `florax.value_and_update`: gradients born as sketches
+    both        the same by `side="both"`, in the bytes of `sketched`
     whole       the same at full size, without sketches
     layerwise   `florax.value_and_update(..., layerwise=True)`, with FLORA momentum of the
                 compressed matrices, no accumulation
@@ -35,6 +36,9 @@ METHODS = (
     "sketched",
     "sketched-int8",
     "sketched-int4",
+    "both",
+    "both-int8",
+    "both-int4",
     "whole-int8",
     "whole-int4",
     "layerwise",
@@ -73,12 +77,10 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
       side: of a matrix, to be projected: "larger" or "smaller".
     """
     adafactor = optax.adafactor(LEARNING_RATE)
-    name, _, bits = name.partition("-int")
-    dtype = jnp.dtype(f"int{bits}") if bits else None
+    own, (name, dtype) = name, split(name)
 
     def ranks(path: tuple, leaf: Any) -> int | None:
-        is_sketched = name != "whole" and florax.attention_and_feed_forward(path, leaf)
-        return rank if is_sketched else None
+        return rank if florax.attention_and_feed_forward(path, leaf) else None
 
     def matrices(tree: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda *leaf: ranks(*leaf) is not None, tree)
@@ -90,9 +92,8 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
     if name == "multisteps":
         tx = optax.MultiSteps(adafactor, accumulate).gradient_transformation()
         return Method(tx.init, one_by_one(loss_fn, tx), 1, accumulate)
-    if name in ("dense", "sketched", "whole"):
-        layers = florax.per_layer(adafactor, models.is_stacked)
-        tx = florax.flora_accumulate(layers, accumulate, ranks, side=side, accumulator_dtype=dtype)
+    if name in ("dense", "sketched", "both", "whole"):
+        tx = accumulation(own, accumulate, rank, side)
         step = dense(loss_fn, tx) if name == "dense" else florax.value_and_update(loss_fn, tx)
         return Method(tx.init, step, accumulate, 1)
     if name == "layerwise":
@@ -109,6 +110,30 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
         tx = florax.per_layer(galore(rank), models.is_stacked)
         return Method(tx.init, one_by_one(loss_fn, tx), 1, 1)
     raise ValueError(f"name must be one of {', '.join(METHODS)}; got {name!r}")
+
+
+def accumulation(
+    name: str, accumulate: int, rank: int, side: str
+) -> optax.GradientTransformationExtraArgs:
+    """The `flora_accumulate` of `dense`, `sketched`, `both` and `whole`."""
+    name, dtype = split(name)
+
+    def ranks(path: tuple, leaf: Any) -> int | None:
+        if name == "whole" or not florax.attention_and_feed_forward(path, leaf):
+            return None
+        if name == "both" and side == "larger":  # in bytes, `rank` is one of the smaller side
+            return rank * min(leaf.shape[-2:]) // max(leaf.shape[-2:])
+        return rank
+
+    kind = dict(side="both", projection="cosine") if name == "both" else dict(side=side)
+    layers = florax.per_layer(optax.adafactor(LEARNING_RATE), models.is_stacked)
+    return florax.flora_accumulate(layers, accumulate, ranks, accumulator_dtype=dtype, **kind)
+
+
+def split(name: str) -> tuple[str, Any]:
+    """A method without its bits, and the dtype of these; None for what is usual."""
+    name, _, bits = name.partition("-int")
+    return name, jnp.dtype(f"int{bits}") if bits else None
 
 
 def galore(rank: int) -> optax.GradientTransformation:

@@ -135,6 +135,7 @@ OF = {
     "memory": memory,
     "speed": times,
     "momentum": times,
+    "finish": times,
     "main_job": times,
     "allreduce": allreduce,
     "peers": peers,
