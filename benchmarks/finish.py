@@ -35,10 +35,9 @@ def measure(s: Settings) -> dict[str, Any]:
     def timed(name: str) -> Callable[[], float]:
         if name == "full":
             tx = florax.per_layer(optax.adafactor(LEARNING_RATE), models.is_stacked)
-            mean = params
 
             def finish(params: Any, state: Any) -> tuple[Any, Any]:
-                updates, state = tx.update(mean, state, params)
+                updates, state = tx.update(params, state, params)  # for their gradients
                 return optax.apply_updates(params, updates), state
         else:
             tx = accumulation(name, s.accumulate, s.rank, s.side)

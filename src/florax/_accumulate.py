@@ -19,6 +19,7 @@ from florax import (
     _sketches,
     _stacks,
     _stored,
+    _sums,
 )
 
 ShouldSkip: TypeAlias = Callable[..., tuple[Any, Any]]
@@ -230,16 +231,9 @@ class _Accumulation:
             drawn = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
                 state.sketch.draw()
             )
-            rest = iter(total)
-            mean = [
-                decompress(
-                    leaf,
-                    [drawn[part.path] for part in leaf.parts if part.rank],
-                    like,
-                    [next(rest) for _ in leaf.parts],
-                )
-                for leaf, like in zip(state.sketch.plan, likes, strict=True)
-            ]
+            sums = _sums.solved(_sums.of(state.sketch, total, drawn))
+            triples = zip(sums, _sums.draw(sums), likes, strict=True)
+            mean = [own.mean(a, like, own.arrays) for own, a, like in triples]
             mean_tree = jax.tree.unflatten(treedef, mean)
             updates, new = self._update_base(mean_tree, state, params, extra_args)
             # Not the mean: dense ones must stay those of `optax.MultiSteps`, to the bit.
@@ -377,15 +371,3 @@ class _Accumulation:
         if self.use_grad_mean:
             sums = [_stored.scaled(lambda x: x / total.astype(x.dtype), own) for own in sums]
         return state._replace(mini_step=total, sketch=state.sketch.replace(sums))
-
-
-def decompress(
-    leaf: _leaves.Leaf, projections: Sequence[jax.Array], like: Any, sketches: Sequence[jax.Array]
-) -> jax.Array:
-    """The gradient, dense ones as they are, in the dtype of `like` and divided as it is."""
-    gradient = sketches[0]
-    if projections:
-        gradient = leaf.reconstruct(sketches, projections, like)
-    if isinstance(like, jax.Array):
-        gradient = _meshes.divide_as(gradient, like)
-    return gradient.astype(leaf.dtype if _sketches.is_sketch(like) else jnp.result_type(like))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,9 @@ from florax import (
     _accumulate,
     _calls,
     _dimensions,
-    _keys,
-    _leaves,
     _sketches,
     _stacks,
-    _stored,
+    _sums,
     _updates,
 )
 
@@ -151,43 +149,15 @@ _OUT_OF_REACH = (
 )
 
 
-class Sum(NamedTuple):
-    """What a state has accumulated of one leaf's gradient."""
-
-    leaf: _leaves.Leaf
-    arrays: list[_stored.Stored]  # one or two
-    keys: list[jax.Array]  # of its matrices, for each; none if it is kept dense
-    is_right: jax.Array  # whether it was accumulated under the settings of the transformation
-
-    def layer(self, axis: int, index: jax.Array) -> "Sum":
-        """That of one layer of a stack along that axis."""
-        # Of the first layer's matrices first.
-        whole = [own.reshape(self.leaf.shape[axis], -1, 2) for own in self.keys]
-        keys, place = _stacks.take(whole, index), self.leaf.kept_axes.index(axis)
-        arrays = []
-        for array in self.arrays:
-            if _stored.is_quantized(array) and place >= array.words.ndim - 1:
-                array = _stored.read(array)  # layers and blocks are along the same axis
-            arrays.append(_stacks.take(array, index, jax.tree.map(lambda _: place, array)))
-        return Sum(self.leaf.layer(axis), arrays, keys, self.is_right)
-
-
 def _give(
-    update: _updates.Update, sums: Sequence[Sum], numbers: Sequence[int], likes: Sequence[jax.Array]
+    update: _updates.Update,
+    sums: Sequence[_sums.Sum],
+    numbers: Sequence[int],
+    likes: Sequence[jax.Array],
 ) -> None:
     """Give mean gradients, each divided as its `like` is, to an update."""
-    compressed = _sketches.parts_of([own.leaf for own in sums if own.keys])
-    drawn = iter(_keys.draw(compressed, [key for own in sums for key in own.keys]))
-    for number, own, like in zip(numbers, sums, likes, strict=True):
-        projections = [next(drawn) for _ in own.keys]
-        update.give(number, own.arrays, functools.partial(_mean, own, projections, like))
-
-
-def _mean(
-    own: Sum, projections: Sequence[jax.Array], like: Any, source: Sequence[_stored.Stored]
-) -> jax.Array:
-    kept = [_sketches.where_true(own.is_right, _stored.read(array)) for array in source]
-    return _accumulate.decompress(own.leaf, projections, like, kept)
+    for number, own, a, like in zip(numbers, sums, _sums.draw(sums), likes, strict=True):
+        update.give(number, own.arrays, functools.partial(own.mean, a, like))
 
 
 def end(
@@ -200,7 +170,7 @@ def end(
     layerwise: bool = False,
 ) -> tuple[optax.Params, optax.OptState]:
     """End a cycle; with `layerwise`, refuse to unless that goes leaf by leaf and by layers."""
-    sums, paths = _sums(function, tx, params, state), _dimensions.names(params)
+    sums, paths = _all_sums(function, tx, params, state), _dimensions.names(params)
     update = _traced(tx, params, state, set(sums), extra_args)
     inside = _check_alone(update, paths, set(sums), state)
     if layerwise:
@@ -215,14 +185,15 @@ def end(
             if layerwise:
                 raise
             continue  # as a whole, like any other leaf
-        own = [(sums.pop(paths[number]), axis) for number, axis in axes.items()]
+        whole = _sums.solved([sums.pop(paths[number]) for number in axes])
+        own = list(zip(whole, axes.values(), strict=True))
 
         def give(
             index: jax.Array,
             layer: _updates.Update,
             likes: list[jax.Array],
             carry: None,
-            own: list[tuple[Sum, int]] = own,
+            own: list[tuple[_sums.Sum, int]] = own,
         ) -> None:
             _give(layer, [whole.layer(axis, index) for whole, axis in own], range(len(own)), likes)
 
@@ -230,7 +201,8 @@ def end(
 
     numbers = [number for number, path in enumerate(paths) if path in sums]
     flat = jax.tree.leaves(params)
-    _give(update, [sums[paths[i]] for i in numbers], numbers, [flat[i] for i in numbers])
+    rest = _sums.solved([sums[paths[i]] for i in numbers])
+    _give(update, rest, numbers, [flat[i] for i in numbers])
     new_params, new_state = update.results(replaced)
     # What stands around the accumulations has seen every micro-batch already.
     leaves = zip(jax.tree.leaves(new_state), jax.tree.leaves(state), inside, strict=True)
@@ -249,16 +221,16 @@ def reached(
     return [(own, seen[id(own.sketch)]) for own in states]
 
 
-def _sums(function: str, tx: Any, params: optax.Params, state: optax.OptState) -> dict[str, Sum]:
+def _all_sums(
+    function: str, tx: Any, params: optax.Params, state: optax.OptState
+) -> dict[str, _sums.Sum]:
     """By the name of its leaf, all that the accumulations in the state hold."""
-    sums = {}
+    sums: dict[str, _sums.Sum] = {}
     for own, seen in reached(function, tx, params, state):
         keys = own.sketch.keys()
         _, is_right = own.sketch.checked(seen.owner.settings)
-        rest = iter(own.sketch.leaves())
-        for leaf in own.sketch.plan:
-            own_keys = [keys[part.path] for part in leaf.parts if part.rank]
-            sums[leaf.path] = Sum(leaf, [next(rest) for _ in leaf.parts], own_keys, is_right)
+        each = _sums.of(own.sketch, own.sketch.leaves(), keys, is_right)
+        sums |= {own.leaf.path: own for own in each}
     return sums
 
 

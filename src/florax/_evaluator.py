@@ -270,16 +270,18 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
     ev.begin(own for own in weights if not own.can_be_written(ev.slots, counts))
     totals, slots = ev.inside([*parts.consts, *start, *stacks])
 
-    # The keys of all stacks side by side, shape (layers, keys of a layer, 2): a slice and a copy a
+    # The keys of all stacks side by side, shape (layers, words of a layer): a slice and a copy a
     # layer, not one for every weight.
     keys = [own for weight in weights for own in weight.layer_keys()]
-    packed = jnp.concatenate(keys, axis=1) if keys else None
-    starts = np.cumsum([own.shape[1] for own in keys])[:-1]
+    flat = [own.reshape(len(own), -1) for own in keys]
+    packed = jnp.concatenate(flat, axis=1) if keys else None
+    starts = np.cumsum([own.shape[1] for own in flat])[:-1]
 
     def body(carry: Any, xs: Any) -> Any:
         moving, totals = carry
         index, layer_keys, slices = xs
-        own_keys = iter([] if layer_keys is None else jnp.split(layer_keys, starts))
+        split = [] if layer_keys is None else jnp.split(layer_keys, starts)
+        own_keys = (own.reshape(like.shape[1:]) for own, like in zip(split, keys, strict=True))
         inner = ev.entered(equation, parts.body, wanted, (totals, {}))
         moving_values = iter(moving)
         carried = [

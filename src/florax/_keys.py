@@ -4,6 +4,7 @@ A matrix's projection depends on the base key, the words of its leaf, its index 
 cycle, and on nothing else: not on other leaves, the sharding or the number of devices.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from florax import _checks, _cipher, _leaves
+from florax import _checks, _cipher, _leaves, _projection
 
 
 def base_key(key: Any) -> jax.Array:
@@ -130,12 +131,32 @@ def rows(array: jax.Array) -> list[jax.Array]:
     return [row[0] for row in split(array, [1] * len(array))]
 
 
+def seeds(leaves: Sequence[_leaves.Leaf], keys: Sequence[jax.Array]) -> list[jax.Array]:
+    """Per leaf the keys of its matrices, with what is slow to draw inside of a loop over them.
+
+    That is, over those of stacks: `_projection.seed`, shape `(matrices, words)`, uint32.
+    """
+    found = list(keys)
+    for i, (leaf, own) in enumerate(zip(leaves, keys, strict=True)):
+        if leaf.batch and leaf.rank is not None:
+            seed = functools.partial(
+                _projection.seed, leaf.projection, rank=leaf.rank, size=leaf.side
+            )
+            found[i] = jax.vmap(seed)(own)
+    return found
+
+
 def draw(leaves: Sequence[_leaves.Leaf], keys: Sequence[jax.Array]) -> list[jax.Array]:
-    """The projections of compressed leaves from the keys of their matrices.
+    """The projections of compressed leaves from the keys, or seeds, of their matrices.
 
     Per leaf float32, shape `(*batch, rank, *columns)`.
     """
-    return draw_all(leaves, jnp.concatenate(keys)) if leaves else []
+    drawn: dict[int, jax.Array] = {}
+    for width in sorted({own.shape[-1] for own in keys}):
+        numbers = [i for i, own in enumerate(keys) if own.shape[-1] == width]
+        packed = jnp.concatenate([keys[i] for i in numbers])
+        drawn |= zip(numbers, draw_all([leaves[i] for i in numbers], packed), strict=True)
+    return [drawn[i] for i in range(len(leaves))]
 
 
 def draw_all(

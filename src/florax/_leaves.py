@@ -4,8 +4,9 @@ What `init`, `update` and `state_report` know of a leaf they read from its `Leaf
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -113,11 +114,11 @@ class Leaf:
             self, shape=shape, rows=rows, columns=columns, batch=batch, across=across
         )
 
-    def draw_matrix(self, key: jax.Array) -> jax.Array:
-        """The projection of one matrix, shape `(rank, *columns)`, from its key (`_keys`)."""
+    def draw_matrix(self, seed: jax.Array) -> jax.Array:
+        """The projection of one matrix, `(rank, *columns)`, from its key or seed (`_keys`)."""
         assert self.rank is not None
         columns = tuple(self.shape[axis] for axis in self.columns)
-        drawn: jax.Array = _projection.draw(self.projection, key, self.rank, columns)
+        drawn: jax.Array = _projection.draw(self.projection, seed, self.rank, columns)
         return drawn
 
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
@@ -135,32 +136,12 @@ class Leaf:
         if isinstance(like, jax.Array):  # not of what was born compressed, without parameters
             stack, columns = (_meshes.division(like, own) for own in (self.batch, self.columns))
             projection = _meshes.divide(projection, (*stack, None, *columns))
-        matrices = _over_stack(_projection.decompress, len(self.batch))(sketch, projection)
-        order = self.batch + self.rows + self.columns
+        columns_first = self.columns < self.rows
+        own = functools.partial(_projection.decompress, columns_first=columns_first)
+        matrices = _over_stack(own, len(self.batch))(sketch, projection)
+        sides = (self.columns, self.rows) if columns_first else (self.rows, self.columns)
+        order = self.batch + sides[0] + sides[1]
         return matrices.transpose([order.index(axis) for axis in range(len(order))])
-
-    def reconstruct(
-        self,
-        sketches: Sequence[jax.Array],
-        projections: Sequence[jax.Array],
-        like: jax.Array | None = None,
-    ) -> jax.Array:
-        """Turn its sketches, one or two, back into an array of its shape: see `decompress`."""
-        if self.across is None:
-            return self.decompress(sketches[0], projections[0], like)
-        order = self.batch + self.rows + self.columns
-
-        def whole(*arrays: jax.Array) -> jax.Array:
-            matrices = _over_stack(_projection.reconstruct, len(self.batch))(*arrays)
-            return matrices.transpose([order.index(axis) for axis in range(len(order))])
-
-        if isinstance(like, jax.Array):
-            along = _meshes.division(like, range(like.ndim))
-        else:
-            known = _meshes.division(sketches[0], range(sketches[0].ndim - 1))
-            kept = dict(zip(self.batch + self.rows, known, strict=True))
-            along = tuple(kept.get(axis) for axis in range(len(order)))
-        return _meshes.into(_meshes.spec(along), whole, *sketches, *projections)
 
     def transfer(self, sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         """Carry a sketch over from the projections `old` to `new`."""

@@ -25,8 +25,8 @@ MAX_COSINE_COLUMNS = 2**20
 
 
 @functools.partial(jax.jit, static_argnames=("projection", "rank", "columns"))
-def draw(projection: Projection, key: jax.Array, rank: int, columns: tuple[int, ...]) -> jax.Array:
-    """Draw A, shape `(rank, *columns)`, float32, from `key`, a raw threefry key of shape `(2,)`.
+def draw(projection: Projection, seed: jax.Array, rank: int, columns: tuple[int, ...]) -> jax.Array:
+    """Draw A, shape `(rank, *columns)`, float32, from a raw threefry key, `(2,)`, or a `seed`.
 
     `"gaussian"`: entries i.i.d. N(0, 1/rank), so E[AᵀA] = I and decompressing is unbiased; entry j
     of a decompressed row g has variance (‖g‖² + g_j²) / rank (Hao et al., 2024, arXiv:2402.03293).
@@ -37,7 +37,17 @@ def draw(projection: Projection, key: jax.Array, rank: int, columns: tuple[int, 
     """
     size = math.prod(columns)
     matrix = _gaussian if projection == "gaussian" else _cosine
-    return matrix(key, rank, size).reshape(rank, *columns)
+    return matrix(seed, rank, size).reshape(rank, *columns)
+
+
+def seed(projection: Projection, key: jax.Array, rank: int, size: int) -> jax.Array:
+    """The key, and what is small but slow to draw, to be drawn once, outside of loops; uint32.
+
+    Of `"cosine"` the numbers of its rows, for which a permutation is sorted.
+    """
+    if projection == "gaussian":
+        return key
+    return jnp.concatenate([key, _rows_of_cosine(key, rank, size)])
 
 
 def _bits(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -59,14 +69,23 @@ def _gaussian(key: jax.Array, rank: int, size: int) -> jax.Array:
     return jax.lax.erf_inv(uniform) * math.sqrt(2 / rank)
 
 
-def _cosine(key: jax.Array, rank: int, size: int) -> jax.Array:
+def _rows_of_cosine(key: jax.Array, rank: int, size: int) -> jax.Array:
+    """The first `rank` of the numbers below `size`, sorted by random words."""
+    order, _ = _bits(key, (size,))
+    # By themselves, where two words are equal. Every dtype is given: the draw is the same in 64-bit
+    # mode.
+    _, rows = jax.lax.sort((order, jnp.arange(size, dtype=jnp.uint32)), num_keys=2)
+    own: jax.Array = rows[:rank]
+    return own
+
+
+def _cosine(seed: jax.Array, rank: int, size: int) -> jax.Array:
     """A[i, j] = s_j √(2/m) cos(π (2j+1) k_i / 2m), and √(1/m) in place of √(2/m) where k_i = 0."""
-    order, negative = _bits(key, (size,))
-    # Every dtype is given: the draw is the same in 64-bit mode.
-    j = jnp.arange(size, dtype=jnp.uint32)
-    # Numbers sorted by random words, and by themselves where two words are equal.
-    _, k = jax.lax.sort((order, j), num_keys=2)
-    k, j = k[:rank, None], j[None, :]
+    key, rows = seed[:2], seed[2:]
+    if not rows.size:
+        rows = _rows_of_cosine(key, rank, size)
+    _, negative = _bits(key, (size,))
+    k, j = rows[:, None], jnp.arange(size, dtype=jnp.uint32)[None, :]
     signs = 1 - 2 * (negative[None, :] & 1).astype(jnp.float32)
 
     # (2j+1) k mod 4m without overflow: (2j+1) k overflows 32 bits from m = 33,000 on, and a float32
@@ -105,27 +124,31 @@ def compress(
     )
 
 
-def decompress(sketch: jax.Array, projection: jax.Array) -> jax.Array:
+def decompress(sketch: jax.Array, projection: jax.Array, columns_first: bool = False) -> jax.Array:
     """Turn `sketch`, shape `(*rows, rank)`, back into a matrix C A, shape `(*rows, *columns)`.
+
+    Or `(*columns, *rows)`: a matrix that is transposed later would be another one in memory.
 
     The adjoint of `compress`: ⟨compress(G), C⟩ = ⟨G, decompress(C)⟩.
     """
     dtype = jnp.promote_types(sketch.dtype, jnp.float32)
     sketch, projection = sketch.astype(dtype), projection.astype(dtype)
+    if columns_first:
+        return jnp.tensordot(projection, sketch, axes=([0], [sketch.ndim - 1]))
     return jnp.tensordot(sketch, projection, axes=1)
 
 
-def reconstruct(
+def solve(
     right: jax.Array, left: jax.Array, projection: jax.Array, across: jax.Array
-) -> jax.Array:
-    """Turn the sketches of both sides of a matrix back into it: unbiased, and near if it can be.
+) -> tuple[jax.Array, jax.Array]:
+    """What turns the sketches of both sides of a matrix back into it: right on average.
 
     Of G, n × m, `right` is C = G Aᵀ, `(*rows, k)`, and `left` is (B G)ᵀ, `(*columns, l)`, where the
     rows of A, `(k, *columns)`, and of B, `(l, *rows)`, are orthonormal, and l > k. G is guessed in
     the columns of C, and what the guess leaves of R = B G is enlarged and added:
 
         guess = C (A + Y),   Y = argmin ‖R - B C (A + Y)‖² + λ ‖Y‖²
-        G̃ = guess + n / (l - d) · Bᵀ (R - B guess)
+        G̃ = guess + Bᵀ Z,    Z = n / (l - d) · (R - B guess)
 
     λ = k σ² has the least error if columns of G are independent, with the covariance C Cᵀ / k that
     C shows, where σ² is the variance of what C's columns leave of an entry of R; of that, least
@@ -133,15 +156,17 @@ def reconstruct(
     dimensions in any case, d = tr H where H R is what is explained: without d, G̃ would be shrunk.
 
     G̃ Aᵀ = C: what is in A's row space is exact. All of G is, up to rounding, if its rank is below
-    k, or if it is k and C has its rank. It is a step of its own for a matrix and a cycle: k × k.
+    k, or if it is k and C has its rank.
+
+    Returns:
+      A + Y, `(k, *columns)`, and Z, `(l, *columns)`: G̃ = [C, Bᵀ] [A + Y; Z].
 
     Source: beyond the paper. The sketches, and the guess for λ = 0: Tropp, Yurtsever, Udell and
     Cevher, "Practical sketching algorithms for low-rank matrix approximation", 2017
     (arXiv:1609.00048); d: Golub, Heath and Wahba, "Generalized cross-validation as a method for
     choosing a good ridge parameter", 1979.
     """
-    rows, columns = right.shape[:-1], left.shape[:-1]
-    dtype = jnp.promote_types(right.dtype, jnp.float32)
+    columns, dtype = left.shape[:-1], jnp.promote_types(right.dtype, jnp.float32)
     c, r = (x.astype(dtype).reshape(-1, x.shape[-1]) for x in (right, left))
     a, b = (x.astype(dtype).reshape(len(x), -1) for x in (projection, across))
     # Powers of two change no digit, and keep squares within what float32 has.
@@ -150,20 +175,20 @@ def reconstruct(
     c, r = jnp.ldexp(c, -exponent), jnp.ldexp(r.T, -exponent)
     n, m, k, l = len(c), len(r.T), len(a), len(b)  # noqa: E741
 
-    # With B C S = P, orthonormal, and Y = S Z, every step is well conditioned, whatever C is.
+    # With B C S = P, orthonormal, and Y = S X, every step is well conditioned, whatever C is.
     bc = _exactly(b, c)
     p, s = _orthonormal(bc)
     rest = r - _exactly(bc, a)
-    z = _exactly(p.T, rest)
-    variance = jnp.sum((rest - _exactly(p, z)) ** 2) / ((l - k) * m)
+    x = _exactly(p.T, rest)
+    variance = jnp.sum((rest - _exactly(p, x)) ** 2) / ((l - k) * m)
     gram = _ridged(_exactly(p.T, p), _SHIFTS[-1])
     factor = (jnp.linalg.cholesky(gram + k * variance * _exactly(s.T, s)), True)
-    z = jax.scipy.linalg.cho_solve(factor, z)
+    x = jax.scipy.linalg.cho_solve(factor, x)
     explained = jnp.trace(jax.scipy.linalg.cho_solve(factor, gram))
 
-    wide = jnp.concatenate([c, n / (l - explained) * b.T], axis=1)
-    matrix = wide @ jnp.concatenate([a + _exactly(s, z), rest - _exactly(p, z)])
-    return jnp.ldexp(matrix, exponent).reshape(*rows, *columns)
+    top = a + _exactly(s, x)
+    bottom = jnp.ldexp(n / (l - explained) * (rest - _exactly(p, x)), exponent)
+    return top.reshape(k, *columns), bottom.reshape(l, *columns)
 
 
 _SHIFTS = (1e-4, 1e-5, 1e-6)  # of the mean of the diagonal

@@ -60,12 +60,12 @@ def _digits(keys: jax.Array) -> jax.Array:
     return 1 + halves.astype(jnp.float32) * 2.0**-16
 
 
-def agrees(condition: jax.Array) -> bool | None:
+def agrees(condition: jax.Array | bool) -> bool | None:
     """Its value, or None where that is not known when tracing."""
     return None if isinstance(condition, jax.core.Tracer) else bool(condition)
 
 
-def where_true(condition: jax.Array, array: jax.Array) -> jax.Array:
+def where_true(condition: jax.Array | bool, array: jax.Array) -> jax.Array:
     """The array, or NaN throughout unless the condition holds."""
     if agrees(condition):
         return array
@@ -188,10 +188,11 @@ class Sketches:
         return self.replace(arrays), same
 
     def keys(self) -> dict[str, jax.Array]:
-        """By its name, per compressed part the keys of its matrices, `(n, 2)`."""
+        """By its name, per compressed part the keys of its matrices, or seeds: see `_keys`."""
         chosen = [leaf for leaf in self.parts if leaf.rank]
         words = [self.words[leaf.path] for leaf in chosen]
         own = _keys.of_matrices(chosen, words, self.key, self.cycle)
+        own = _keys.seeds(chosen, own)
         return {leaf.path: key for leaf, key in zip(chosen, own, strict=True)}
 
     def keys_of(self, leaves: Sequence[_leaves.Leaf]) -> jax.Array:

@@ -36,7 +36,7 @@ class Born(NamedTuple):
 
     Attributes:
       leaf: the leaf, or of one with two sketches the part.
-      keys: of its matrices in the cycle, shape `(matrices, 2)`, or what was drawn with them; of a
+      keys: of its matrices in the cycle, or seeds, `(matrices, words)`, or what was drawn; of a
         dense leaf, none.
       sketches: what it will be added to.
     """

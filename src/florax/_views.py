@@ -300,9 +300,10 @@ class View:
         return dataclasses.replace(self, scales=(*self.scales, Part.of(own, shape)))
 
     def layer_keys(self, keys: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
-        """The keys of every position along the first axis, shape `(positions, n, 2)`."""
-        own = self.keys.take(keys.reshape(*self.keys.whole, 2), positions)
-        return jnp.moveaxis(own, self.keys.order().index(0), 0).reshape(self.shape[0], -1, 2)
+        """The keys of every position along the first axis, shape `(positions, n, words)`."""
+        own = self.keys.take(keys.reshape(*self.keys.whole, keys.shape[-1]), positions)
+        first = jnp.moveaxis(own, self.keys.order().index(0), 0)
+        return first.reshape(self.shape[0], -1, keys.shape[-1])
 
     def with_layer_keys(self) -> "View":
         """A layer of it, for which its own keys are the whole."""
@@ -319,11 +320,11 @@ class View:
         """The projections in view, `(*stack, rank, *columns)`, float32.
 
         Their axes are those of `keys` and `columns`. Given are the keys of all matrices, shape
-        `(n, 2)`; or, of a single one, its projection.
+        `(n, words)`; or, of a single one, its projection.
         """
         if not jnp.issubdtype(keys.dtype, jnp.integer):
             return self.columns.take(keys, positions, 1)
-        keys = self.keys.take(keys.reshape(*self.keys.whole, 2), positions)
+        keys = self.keys.take(keys.reshape(*self.keys.whole, keys.shape[-1]), positions)
         draw = self.leaf.draw_matrix
         for _ in range(keys.ndim - 1):
             draw = jax.vmap(draw)

@@ -1,0 +1,169 @@
+"""What was accumulated of gradients, on the way back to them."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from florax import _keys, _leaves, _meshes, _projection, _sketches, _stacks, _stored
+
+
+class Sum(NamedTuple):
+    """What a state has accumulated of one leaf's gradient.
+
+    Attributes:
+      leaf: the leaf.
+      arrays: its sketch, or, kept dense, the gradient; of a leaf of two sketches both, and once
+        they are `solved`, the first and what it and the other projection are multiplied with.
+      keys: of the matrices of each projection that is to be drawn, or seeds; or the projections.
+      is_right: whether it was accumulated under the settings of the transformation.
+    """
+
+    leaf: _leaves.Leaf
+    arrays: list[_stored.Stored]
+    keys: list[jax.Array]
+    is_right: jax.Array | bool = True
+
+    def layer(self, axis: int, index: jax.Array) -> "Sum":
+        """That of one layer of a stack along that axis."""
+        # Of the first layer's matrices first.
+        whole = [own.reshape(self.leaf.shape[axis], -1, own.shape[-1]) for own in self.keys]
+        keys, place = _stacks.take(whole, index), self.leaf.kept_axes.index(axis)
+        arrays = []
+        for array in self.arrays:
+            if _stored.is_quantized(array) and place >= array.words.ndim - 1:
+                array = _stored.read(array)  # layers and blocks are along the same axis
+            arrays.append(_stacks.take(array, index, jax.tree.map(lambda _: place, array)))
+        return Sum(self.leaf.layer(axis), arrays, keys, self.is_right)
+
+    def read(self, arrays: Sequence[_stored.Stored]) -> list[jax.Array]:
+        """Its arrays, or NaN, as numbers."""
+        return [_sketches.where_true(self.is_right, _stored.read(array)) for array in arrays]
+
+    def mean(
+        self, projection: jax.Array | None, like: Any, arrays: Sequence[_stored.Stored]
+    ) -> jax.Array:
+        """The gradient, in the dtype of `like` and divided as it is; of `arrays`, which it has."""
+        gradient, *solved = self.read(arrays)
+        if projection is not None:
+            if solved:  # G = [C, Bᵀ] [top; bottom]
+                axes = len(self.leaf.batch), len(self.leaf.batch) + len(self.leaf.rows)
+                kept = _meshes.division(gradient, range(axes[1]))
+                projection = jnp.moveaxis(projection, axes[0], axes[1])
+                pair = gradient.astype(projection.dtype), _meshes.divide(projection, kept)
+                gradient = jnp.concatenate(pair, axis=-1)
+                projection = jnp.concatenate(solved, axis=axes[0])
+            gradient = self.leaf.decompress(gradient, projection, like)
+        if isinstance(like, jax.Array):
+            gradient = _meshes.divide_as(gradient, like)
+        is_sketch = _sketches.is_sketch(like)
+        return gradient.astype(self.leaf.dtype if is_sketch else jnp.result_type(like))
+
+
+def of(
+    sketches: _sketches.Sketches,
+    arrays: Sequence[_stored.Stored],
+    keys: Mapping[str, jax.Array],
+    is_right: jax.Array | bool = True,
+) -> list[Sum]:
+    """Per leaf, of arrays in the order of `sketches.parts`, and of keys or projections by name."""
+    rest = iter(arrays)
+    return [
+        Sum(
+            leaf,
+            [next(rest) for _ in leaf.parts],
+            [keys[part.path] for part in leaf.parts if part.rank],
+            is_right,
+        )
+        for leaf in sketches.plan
+    ]
+
+
+def draw(sums: Sequence[Sum]) -> list[jax.Array | None]:
+    """Per sum, solved, the projection that is still needed; None for what is kept dense."""
+    drawn = [own.keys[-1] if own.keys else None for own in sums]
+    numbers = [i for i, own in enumerate(drawn) if own is not None and _are_keys(own)]
+    if numbers:
+        leaves = [sums[i].leaf.parts[-1] for i in numbers]
+        own = _keys.draw(leaves, [sums[i].keys[-1] for i in numbers])
+        for i, projection in zip(numbers, own, strict=True):
+            drawn[i] = projection
+    return drawn
+
+
+def solved(sums: Sequence[Sum]) -> list[Sum]:
+    """The same, where every leaf of two sketches is solved for, those that are alike together.
+
+    On a GPU the many small steps of a single matrix would take longer than its products.
+    """
+    found = list(sums)
+    groups: dict[Any, list[int]] = {}
+    for i, own in enumerate(sums):
+        if len(own.keys) == 2:
+            types = [jax.typeof(x) for x in jax.tree.leaves((own.arrays, own.keys))]
+            groups.setdefault((own.leaf.drawn_like, *types), []).append(i)
+    for members in groups.values():
+        for number in _chunks([sums[i] for i in members]):
+            chunk = [members[i] for i in number]
+            for i, own in zip(chunk, _solve([sums[i] for i in chunk]), strict=True):
+                found[i] = own
+    return found
+
+
+# Projections that are there at a time, in bytes.
+_TOGETHER = 2**25
+
+
+def _chunks(sums: Sequence[Sum]) -> list[list[int]]:
+    """Numbers of sums, alike, that are solved together."""
+    bytes_of_one = sum(part.projection_bytes for part in sums[0].leaf.parts)
+    count = max(1, _TOGETHER // max(1, bytes_of_one))
+    return [list(range(len(sums)))[i : i + count] for i in range(0, len(sums), count)]
+
+
+def _solve(sums: Sequence[Sum]) -> list[Sum]:
+    """Of leaves that are alike."""
+    leaf = sums[0].leaf
+    depth, count = len(leaf.batch), leaf.matrices
+    each = [[*own.read(own.arrays), *own.keys] for own in sums]
+    columns = _meshes.division(each[0][1], range(depth, depth + len(leaf.columns)))
+    specs = _meshes.spec((None, None, *columns))
+
+    def of_all(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        flat = [
+            [x.reshape(count, *x.shape[1 if _are_keys(x) else depth :]) for x in own]
+            for own in (arrays[i : i + 4] for i in range(0, len(arrays), 4))
+        ]
+        stacked = tuple(jnp.concatenate(own) for own in zip(*flat, strict=True))
+        one = functools.partial(_solve_one, leaf)
+        size = max(1, sum(part.projection_bytes for part in leaf.parts) // max(1, count))
+        together = max(1, _TOGETHER // size)
+        if len(stacked[0]) <= together:
+            return jax.vmap(one)(stacked)
+        solved: tuple[jax.Array, jax.Array] = jax.lax.map(one, stacked, batch_size=together)
+        return solved
+
+    both = _meshes.into((specs, specs), of_all, *[x for own in each for x in own])
+    parts = zip(*(jnp.split(x, len(sums)) for x in both), strict=True)
+    return [
+        own._replace(
+            arrays=[own.arrays[0], *(x.reshape(*leaf.stack_shape, *x.shape[1:]) for x in part)],
+            keys=own.keys[1:],
+        )
+        for own, part in zip(sums, parts, strict=True)
+    ]
+
+
+def _solve_one(leaf: _leaves.Leaf, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    right, left, *keys = arrays
+    projections = [
+        part.draw_matrix(own) if _are_keys(own) else own
+        for part, own in zip(leaf.parts, keys, strict=True)
+    ]
+    return _projection.solve(right, left, *projections)
+
+
+def _are_keys(array: jax.Array) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.integer))
