@@ -7,8 +7,8 @@
 `naive` keeps accumulator and momentum at full size in float32, `none` neither, with an update after
 every micro-batch. The others have a momentum of rank 40, a quarter of the width, with `residual`;
 and what they accumulate in is a dtype for full size, or a rank and one: `int4` a full-size
-accumulator in 4 bits, embedding and all, `40-int8` sketches of rank 40 in 8 bits. Where that is in
-integers, the momentum is in 8 bits.
+accumulator in 4 bits, embedding and all, `40-int8` sketches of rank 40 in 8 bits, `40-both-int8`
+of both sides in the same bytes. Where that is in integers, the momentum is in 8 bits.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ class Settings:
 def measure(s: Settings, variant: str, seed: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"method": variant}
     if variant not in ("naive", "none"):
-        rank, _, dtype = frontier.parse(variant)
+        rank, side, dtype = frontier.parse(variant)
         arguments = {
             "method": "flora",
-            "accumulator": "full" if rank is None else "sketch",
+            "accumulator": "full" if rank is None else "both" if side == "both" else "sketch",
             "accumulator_dtype": dtype,
             "momentum_dtype": "int8" if dtype.startswith("int") else "float32",
         } | ({} if rank is None else {"rank": rank})

@@ -42,9 +42,14 @@ def make(settings: Training, method: str, peak: float) -> optax.GradientTransfor
         base = _per_layer(s, base)
         if s.accumulate == 1:
             return base
-        rank = rank_of(s) if s.accumulator == "sketch" else lambda path, leaf: None
-        dtype = _dtype(s.accumulator_dtype)
-        return florax.flora_accumulate(base, s.accumulate, rank, accumulator_dtype=dtype, **kind)
+        return florax.flora_accumulate(
+            base,
+            s.accumulate,
+            rank=rank_of(s) if s.accumulator != "full" else lambda path, leaf: None,
+            side="both" if s.accumulator == "both" else "smaller",
+            accumulator_dtype=_dtype(s.accumulator_dtype),
+            **kind,
+        )
 
     if s.momentum and s.optimizer != "adamw":  # which has its own
         base = optax.chain(base, optax.ema(s.momentum, debias=False))

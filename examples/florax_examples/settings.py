@@ -57,7 +57,8 @@ class Training:
     resample_every: int = 1000  # updates that share a projection of the momentum
     projection: Literal["cosine", "gaussian"] = "cosine"  # with orthonormal rows, or the paper's
     residual: bool = True  # pass on without momentum what a sketch misses of a gradient
-    accumulator: Literal["sketch", "full"] = "sketch"  # of those layers; full: of their own size
+    # of those layers: a sketch of one side, sketches of both in the same bytes, or their own size
+    accumulator: Literal["sketch", "both", "full"] = "sketch"
     # of the accumulator, embeddings and all: float32, or integers with scales
     accumulator_dtype: Literal["float32", "int8", "int4", "int2"] = "float32"
     momentum_dtype: Literal["float32", "int8", "int4"] = "float32"  # the same of the momentum
@@ -94,6 +95,11 @@ class Training:
             raise ValueError("parameter_scale is Adafactor's, got optimizer=adamw")
         if self.freeze_a and self.method != "lora":
             raise ValueError(f"freeze_a is LoRA's, got method={self.method}: add --method lora")
+        if self.accumulator == "both" and self.projection == "gaussian":
+            raise ValueError(
+                "accumulator=both needs orthonormal rows, got projection=gaussian: add --accumulator "
+                "sketch, or --projection cosine"
+            )
         if self.residual and self.projection == "gaussian" and self.method in ("flora", "all"):
             raise ValueError(
                 "residual needs orthonormal rows, got projection=gaussian: add --no-residual, or "
