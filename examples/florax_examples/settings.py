@@ -97,8 +97,8 @@ class Training:
             raise ValueError(f"freeze_a is LoRA's, got method={self.method}: add --method lora")
         if self.accumulator == "both" and self.projection == "gaussian":
             raise ValueError(
-                "accumulator=both needs orthonormal rows, got projection=gaussian: add --accumulator "
-                "sketch, or --projection cosine"
+                "accumulator=both needs orthonormal rows, got projection=gaussian: add "
+                "--accumulator sketch, or --projection cosine"
             )
         if self.residual and self.projection == "gaussian" and self.method in ("flora", "all"):
             raise ValueError(
