@@ -4,6 +4,7 @@ The base optimizer is the same for all. Momentum follows it, as in `optax.adafac
 accumulation wraps both, so that they run once an update.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,18 +17,28 @@ import florax
 from florax_examples.models import layers
 from florax_examples.settings import Training
 
+FLORA = ("flora", "paper")  # the methods that sketch
+# FLORA as it was published.
+PAPER = {
+    "projection": "gaussian",
+    "residual": False,
+    "accumulator": "sketch",
+    "accumulator_dtype": "float32",
+    "momentum_dtype": "float32",
+}
+
 Loss: TypeAlias = Callable[[Any, Any], Array]  # of parameters and a batch
 Step: TypeAlias = Callable[[Any, Any, Any], tuple[Array, Any, Any]]
 
 
 def make(settings: Training, method: str, peak: float) -> optax.GradientTransformation:
     """The transformation for `method`; its learning rate rises to `peak` and falls again."""
-    s = settings
+    s = dataclasses.replace(settings, **PAPER) if method == "paper" else settings
     base = _base(s, method, peak)
     if method == "none":
         return _per_layer(s, base)
 
-    if method == "flora":
+    if method in FLORA:
         kind = {"projection": s.projection, "key": s.seed}
         if s.momentum:
             momentum = florax.flora_momentum(
@@ -61,7 +72,7 @@ def make(settings: Training, method: str, peak: float) -> optax.GradientTransfor
 
 def is_whole_update(settings: Training, method: str) -> bool:
     """Whether a step is a whole update: gradients that are born as sketches are summed as such."""
-    return method == "flora" and settings.accumulate > 1 and settings.gradients == "sketched"
+    return method in FLORA and settings.accumulate > 1 and settings.gradients == "sketched"
 
 
 def step(s: Training, method: str, tx: optax.GradientTransformation, loss: Loss) -> Step:

@@ -19,9 +19,10 @@ class Training:
 
     # how to keep what one micro-batch leaves for the next: not at all (none), as an accumulator and
     # momentum of full size (naive), the same of low-rank adapters in the place of attention and
-    # feed-forward layers (lora), or as random sketches of those layers (flora); all trains by none,
-    # naive and flora in turn and compares them
-    method: Literal["none", "naive", "lora", "flora", "all"] = "flora"
+    # feed-forward layers (lora), as random sketches of those layers (flora), or as such sketches as
+    # they were published (paper): of one side, Gaussian, in float32, without residual; all trains
+    # by none, naive, paper and flora in turn and compares them
+    method: Literal["none", "naive", "lora", "paper", "flora", "all"] = "flora"
     data: str = ""  # a folder, or a data set of the Hugging Face hub
     output: Path = Path("runs")  # folder for results.json, loss.png, weights and logs
     resume: bool = False  # go on from the last checkpoint in the output folder, to the same bits
@@ -122,7 +123,7 @@ class Training:
             raise ValueError("layerwise needs gradients=sketched, got gradients=dense")
 
     def methods(self) -> tuple[str, ...]:
-        return ("none", "naive", "flora") if self.method == "all" else (self.method,)
+        return ("none", "naive", "paper", "flora") if self.method == "all" else (self.method,)
 
 
 def check_at_least_one(settings: Any, *names: str) -> None:

@@ -31,7 +31,8 @@ class FloraAccumulateState(NamedTuple):
     Attributes:
       mini_step: micro-steps since the last update of the base optimizer, shape `()`, int32.
       sketch: the accumulated gradient; `sketch.arrays` is a tree like the parameters with, per
-        leaf, its sketch, shape `(*batch, *rows, rank)`, or a full-size array if it is kept dense.
+        leaf, its sketch, shape `(*batch, *rows, rank)`, a tuple of two if both sides are
+        projected, or a full-size array if it is kept dense.
       inner_opt_state: state of the base optimizer.
       updated: whether the base optimizer ran in the last micro-step, shape `()`, bool.
       skip_state: what `should_skip_update_fn` last reported.
@@ -92,7 +93,13 @@ def flora_accumulate(
         than it by about √(r/m) but with the least error that a sketch can have. Adam and Adafactor
         do not see the length; with SGD raise the learning rate.
       side: project the `"smaller"` side of a matrix (sketch of max(n, m)·r, as in the published
-        code) or the `"larger"` one (min(n, m)·r: fewer bytes at equal rank, and more noise).
+        code) or the `"larger"` one (min(n, m)·r: fewer bytes at equal rank, and more noise); or
+        `"both"`, with `projection="cosine"` and a rank of 3 or more: two sketches, of as many
+        entries together as the one of `"smaller"`, two fifths of them in G Aᵀ of 2r/5 columns, the
+        rest in B G. What the base optimizer sees is right on average, its part in A's row space
+        exact, all of it if the rank of the mean gradient is below 2r/5, and its error a fraction of
+        that of an unbiased sketch of one side: of gradients whose singular values fall like 1/i, a
+        quarter to a half. A small system of equations is solved for every matrix, once a cycle.
       dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
         `FloraDimensionNumbers`. None: a leaf of two axes is a matrix; others are kept dense.
       accumulator_dtype: dtype of the accumulator; None: float32, or the parameter's if wider.
@@ -126,9 +133,11 @@ def flora_accumulate(
     True False
 
     Source: Hao, Cao, Mou, "Flora: Low-Rank Adapters Are Secretly Gradient Compressors", ICML 2024
-    (arXiv:2402.03293), Algorithm 1, whose printed 1/n is 1/τ. The published JAX code has no
-    transformation for it; the published PyTorch code keeps the accumulator outside of its
-    optimizer, so that checkpoints lose it. Here it is part of the state.
+    (arXiv:2402.03293), Algorithm 1, whose printed 1/n is 1/τ; the defaults are its settings. The
+    published JAX code has no transformation for it; the published PyTorch code keeps the
+    accumulator outside of its optimizer, so that checkpoints lose it. Here it is part of the state.
+    `side="both"` is beyond the paper: `florax._projection.solve` says how a gradient is
+    reconstructed, and whose ideas that uses.
     """
     if not isinstance(opt, optax.GradientTransformation):
         raise TypeError(

@@ -78,8 +78,9 @@ class Sketches:
     """What a state keeps for the leaves, and all that is needed to read it.
 
     Attributes:
-      arrays: a tree like the parameters; per leaf the sketch, shape `(*batch, *rows, rank)`, or,
-        for a leaf that is kept dense, an array of its own shape; in few bits, a `Quantized` one.
+      arrays: a tree like the parameters; per leaf the sketch, shape `(*batch, *rows, rank)`, where
+        both sides are projected a tuple of two, or, for a leaf that is kept dense, an array of its
+        own shape; in few bits, a `Quantized` one.
       words: by its name, per leaf that is compressed or in few bits the words that its projections
         and roundings are drawn from, shape `(2,)`, uint32. Saved with the sketch, they are right
         whatever the leaf is called later.
