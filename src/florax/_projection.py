@@ -183,8 +183,8 @@ def solve(
     variance = jnp.sum((rest - _exactly(p, x)) ** 2) / ((l - k) * m)
     gram = _ridged(_exactly(p.T, p), _SHIFTS[-1])
     factor = (jnp.linalg.cholesky(gram + k * variance * _exactly(s.T, s)), True)
-    x = jax.scipy.linalg.cho_solve(factor, x)
-    explained = jnp.trace(jax.scipy.linalg.cho_solve(factor, gram))
+    both = jax.scipy.linalg.cho_solve(factor, jnp.concatenate([x, gram], axis=1))
+    x, explained = both[:, :m], jnp.trace(both[:, m:])
 
     top = a + _exactly(s, x)
     bottom = jnp.ldexp(n / (l - explained) * (rest - _exactly(p, x)), exponent)
@@ -198,7 +198,7 @@ def _exactly(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _ridged(gram: jax.Array, ridge: float) -> jax.Array:
+def _ridged(gram: jax.Array, ridge: jax.typing.ArrayLike) -> jax.Array:
     """With a part of the mean of its diagonal added to it; one where all is zero."""
     mean = jnp.trace(gram) / len(gram)
     own = jnp.where(mean > 0, ridge * mean, 1.0)
@@ -213,9 +213,12 @@ def _orthonormal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     rows = len(matrix)
     both = jnp.concatenate([matrix, jnp.eye(matrix.shape[1], dtype=matrix.dtype)])
-    for shift in _SHIFTS:
+
+    def pass_over(both: jax.Array, shift: jax.Array) -> tuple[jax.Array, None]:
         factor = jnp.linalg.cholesky(_ridged(_exactly(both[:rows].T, both[:rows]), shift))
-        both = jax.lax.linalg.triangular_solve(factor, both, lower=True, transpose_a=True)
+        return jax.lax.linalg.triangular_solve(factor, both, lower=True, transpose_a=True), None
+
+    both, _ = jax.lax.scan(pass_over, both, jnp.array(_SHIFTS, matrix.dtype))
     return both[:rows], both[rows:]
 
 
