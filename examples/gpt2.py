@@ -44,7 +44,7 @@ class Settings(settings.Training):
 
     updates: int = 1500  # of the optimizer; of the default data, a little more than two epochs
     accumulate: int = 4  # micro-batches an update
-    rank: int = 40  # of the sketches or adapters; 40 is a quarter of the tiny model's width
+    rank: int = 80  # of the sketches or adapters; 80 is half of the tiny model's width
     resample_every: int = 100  # updates that share a projection of the momentum
 
     def __post_init__(self):

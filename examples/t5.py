@@ -58,7 +58,7 @@ class Settings(settings.Training):
     updates: int = 800  # of the optimizer; of the default data, 6.4 epochs
     micro_batch: int = 8  # examples of a micro-batch, whose activations exist at once
     accumulate: int = 2  # micro-batches an update
-    rank: int = 32  # of the sketches or adapters; 32 is a quarter of the tiny model's width
+    rank: int = 64  # of the sketches or adapters; 64 is half of the tiny model's width
     resample_every: int = 100  # updates that share a projection of the momentum
 
     def __post_init__(self):

@@ -54,7 +54,7 @@ class Settings(settings.Training):
 
     updates: int = 1000  # of the optimizer; of the default data, 21 epochs
     accumulate: int = 4  # micro-batches an update
-    rank: int = 32  # of the sketches or adapters; 32 is a quarter of the tiny model's width
+    rank: int = 64  # of the sketches or adapters; 64 is half of the tiny model's width
     resample_every: int = 100  # updates that share a projection of the momentum
 
 

@@ -92,9 +92,10 @@ def step(s: Training, method: str, tx: optax.GradientTransformation, loss: Loss)
 
 
 def compresses_anything(settings: Training, params: Any) -> bool:
-    """Whether FLORA, at this rank, is anything else than the naive method."""
-    report = florax.state_report(make(settings, "flora", 1.0), params)
-    return not report.rows or report.state_bytes < report.full_bytes
+    """Whether FLORA, at this rank, has anything to do."""
+    rows = florax.state_report(make(settings, "flora", 1.0), params).rows
+    is_sketched = any(row.rank is not None for row in rows)
+    return not rows or is_sketched or settings.accumulator == "full"
 
 
 def accumulator(state: Any) -> tuple[Any, Any]:

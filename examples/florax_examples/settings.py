@@ -59,10 +59,10 @@ class Training:
     projection: Literal["cosine", "gaussian"] = "cosine"  # with orthonormal rows, or the paper's
     residual: bool = True  # pass on without momentum what a sketch misses of a gradient
     # of those layers: a sketch of one side, sketches of both in the same bytes, or their own size
-    accumulator: Literal["sketch", "both", "full"] = "sketch"
+    accumulator: Literal["sketch", "both", "full"] = "both"
     # of the accumulator, embeddings and all: float32, or integers with scales
-    accumulator_dtype: Literal["float32", "int8", "int4", "int2"] = "float32"
-    momentum_dtype: Literal["float32", "int8", "int4"] = "float32"  # the same of the momentum
+    accumulator_dtype: Literal["float32", "int8", "int4", "int2"] = "int4"
+    momentum_dtype: Literal["float32", "int8", "int4"] = "int8"  # the same of the momentum
     freeze_a: bool = False  # of the adapters train B only: the paper's LoRA(B)
     # whether gradients are born as sketches, or compressed once they exist
     gradients: Literal["sketched", "dense"] = "sketched"
@@ -96,18 +96,22 @@ class Training:
             raise ValueError("parameter_scale is Adafactor's, got optimizer=adamw")
         if self.freeze_a and self.method != "lora":
             raise ValueError(f"freeze_a is LoRA's, got method={self.method}: add --method lora")
-        if self.accumulator == "both" and self.projection == "gaussian":
-            raise ValueError(
-                "accumulator=both needs orthonormal rows, got projection=gaussian: add "
-                "--accumulator sketch, or --projection cosine"
-            )
-        if self.residual and self.projection == "gaussian" and self.method in ("flora", "all"):
+        if self.projection == "gaussian" and self.method in ("flora", "all"):
+            self._check_gaussian()
+        if self.layerwise:
+            self._check_layerwise()
+
+    def _check_gaussian(self) -> None:
+        if self.residual:
             raise ValueError(
                 "residual needs orthonormal rows, got projection=gaussian: add --no-residual, or "
                 "--projection cosine"
             )
-        if self.layerwise:
-            self._check_layerwise()
+        if self.accumulator == "both":
+            raise ValueError(
+                "accumulator=both needs orthonormal rows, got projection=gaussian: add "
+                "--accumulator sketch, or --projection cosine"
+            )
 
     def _check_layerwise(self) -> None:
         if not self.scan:
