@@ -1,10 +1,8 @@
 """Sketches of both sides: what two of them tell of a matrix, and the states that keep them."""
 
-import dataclasses
 import functools
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -63,6 +63,7 @@ STATES = {
     "momentum": momentum(),
     "accumulate": accumulate(),
     "both": accumulate(optax.chain(optax.adafactor(0.1), momentum(rank=2))),
+    "both sides": accumulate(side="both", projection="cosine"),
     "16 bits": momentum(accumulator_dtype=jnp.bfloat16),
     "per layer": florax.per_layer(florax.flora(0.1, 3), STACKED),
     "per layer inside": accumulate(florax.per_layer(florax.flora(0.1, rank), STACKED)),
@@ -88,7 +89,9 @@ def test_the_bytes_of_the_report_are_those_of_the_state(tx):
     report = florax.state_report(tx, PARAMS)
     assert report.state_bytes == sum(x.nbytes for x in kept) > 0
     for row in report.rows:
-        assert row.rank is None or row.state_bytes / row.full_bytes == row.rank / row.side
+        shares = [(row.rank, row.side), row.across] if row.rank else []
+        share = sum(rank / side for rank, side in filter(None, shares))
+        assert row.rank is None or row.state_bytes / row.full_bytes == pytest.approx(share)
 
 
 def test_a_stack_that_is_taken_for_a_matrix_beside_stacks_that_are_not_is_reported_loudly():
@@ -148,7 +151,10 @@ def containers():
 @pytest.mark.parametrize("to", ["deeper", "a list", "linen boxes", "nnx variables", "nnx values"])
 @pytest.mark.parametrize(
     "kind",
-    ["16 bits", *(pytest.param(k, marks=pytest.mark.slow) for k in ("momentum", "both"))],
+    [
+        "16 bits",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("momentum", "both", "both sides")),
+    ],
 )
 def test_a_state_reads_the_same_in_any_container(kind, to):
     """Arrays saved from plain dicts and restored into another container, and back."""
