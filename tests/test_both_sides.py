@@ -1,18 +1,22 @@
 """Sketches of both sides: what two of them tell of a matrix, and the states that keep them."""
 
+import dataclasses
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import reference
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_array_equal
 
 import florax
-from florax import _projection
+from florax import _projection, _sketches
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -263,3 +267,323 @@ def test_several_axes_are_those_of_one_matrix():
         c.reshape(4, 8, K), r.reshape(2, 3, 4, L), a.reshape(K, 2, 3, 4), b.reshape(L, 4, 8)
     )
     assert_array_equal(several.reshape(N, M), reconstruct(c, r, a, b))
+
+
+# --- the two sketches of a state
+
+
+def test_both_projections_of_a_square_matrix_are_independent():
+    """And those of a cycle, of a layer and of a key from those of others."""
+    tx = accumulate(rank=20, dimension_numbers=florax.FloraDimensionNumbers(1, 2, 0))
+    state = tx.init(jnp.zeros((2, 40, 40)))
+    drawn = [
+        matrix
+        for cycle in (0, 1)
+        for stack in dataclasses.replace(state.sketch, cycle=jnp.int32(cycle)).draw().values()
+        for matrix in stack
+    ]
+    assert [a.shape for a in drawn] == [(8, 40)] * 2 + [(12, 40)] * 2 + [(8, 40)] * 2 + [
+        (12, 40)
+    ] * 2
+    for i, a in enumerate(drawn):
+        for b in drawn[:i]:
+            # The square of a random unit row on k orthonormal ones of 40 is k / 40 on average.
+            overlap = np.sum(np.square(a @ b.T)) / len(a) / len(b) * 40
+            assert 0.6 < overlap < 1.4
+
+
+def test_the_same_key_gives_the_same_and_another_key_another():
+    g = jax.random.normal(jax.random.key(0), (20, 12))
+
+    def update(key):
+        tx = accumulate(every_k_schedule=1, key=key)
+        return tx.update(g, tx.init(g), g)[0]
+
+    assert_array_equal(update(3), update(jax.random.key(3, impl="threefry2x32")))
+    assert np.linalg.norm(update(3) - update(4)) > 0.1 * np.linalg.norm(g)
+
+
+def test_the_sum_of_sketches_is_the_sketch_of_the_sum():
+    """And so of a mean; the updates, too, are those of the sum at once."""
+    tx, one = accumulate(use_grad_mean=False), accumulate(None, 1, use_grad_mean=False)
+    grads = jax.random.normal(jax.random.key(0), (2, 20, 12))
+    state = tx.init(grads[0])
+    after = [florax.accumulate(tx, g, state).sketch.arrays for g in (*grads, grads.sum(0))]
+    sums = jax.tree.map(jnp.add, *after[:2])
+    chex.assert_trees_all_close(sums, after[2], rtol=1e-5, atol=1e-6)
+    both, _ = tx.update(grads[1], florax.accumulate(tx, grads[0], state))
+    at_once, _ = one.update(grads.sum(0), one.init(grads[0]))
+    # Sums of 20 products, enlarged by up to 20 / (5 - 2).
+    np.testing.assert_allclose(both, at_once, rtol=1e-4, atol=5e-5)
+
+
+def report_of(shape, rank, side, dtype=None, **arguments):
+    """The report, and the bytes of the arrays of the state."""
+    tx = accumulate(None, 2, rank, side=side, accumulator_dtype=dtype, **arguments)
+    params = jax.ShapeDtypeStruct(shape, jnp.float32)
+    arrays = jax.tree.leaves(jax.eval_shape(tx.init, params).sketch.arrays)
+    (row,) = florax.state_report(tx, params).rows
+    return row, sum(x.size * x.dtype.itemsize for x in arrays)
+
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis comes with the extra `test`")
+st = hypothesis.strategies
+MANY = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@st.composite
+def shapes_and_ranks(draw):
+    shape = draw(st.integers(4, 400)), draw(st.integers(4, 400))
+    return shape, draw(st.integers(3, min(shape) - 1))
+
+
+@MANY
+@hypothesis.given(shapes_and_ranks(), st.sampled_from([None, jnp.bfloat16]), st.integers(0, 3))
+def test_two_sketches_take_no_more_bytes_than_one(shape_and_rank, dtype, layers):
+    """n k + m l, and l is rounded down from (r - k) n / m: less than m numbers of them are left."""
+    (n, m), rank = shape_and_rank
+    stack = dict(dimension_numbers=florax.FloraDimensionNumbers(1, 2, 0)) if layers else {}
+    shape, count = ((layers, n, m), layers) if layers else ((n, m), 1)
+    row, kept = report_of(shape, rank, "both", dtype, **stack)
+    of_one, _ = report_of(shape, rank, "smaller", dtype, **stack)
+    larger, smaller = max(n, m), min(n, m)
+    k = 2 * rank // 5
+    l = (rank - k) * larger // smaller  # noqa: E741
+    assert (row.rank, row.side, row.across) == (k, smaller, (l, larger))
+    assert k < l < larger
+    size = jnp.dtype(dtype or jnp.float32).itemsize
+    assert row.state_bytes == kept == size * count * (larger * k + smaller * l)
+    assert row.full_bytes == size * count * n * m
+    assert of_one.state_bytes - size * count * smaller < row.state_bytes <= of_one.state_bytes
+
+
+@MANY
+@hypothesis.given(shapes_and_ranks(), st.sampled_from([(jnp.int8, 1.1), (jnp.int4, 1.25)]))
+def test_in_integers_short_rows_take_a_few_scales_more(shape_and_rank, dtype_and_factor):
+    """A scale for every 33 to 64 entries of a row, and a word begun in each: in 4 bits it shows."""
+    shape, rank = shape_and_rank
+    hypothesis.assume(min(shape) >= 32)
+    dtype, factor = dtype_and_factor
+    row, kept = report_of(shape, rank, "both", dtype)
+    assert (
+        row.state_bytes == kept <= factor * report_of(shape, rank, "smaller", dtype)[0].state_bytes
+    )
+
+
+def test_reports_show_both_sketches():
+    tx = accumulate(None, 2, 64)
+    params = {"w": jax.ShapeDtypeStruct((256, 256), jnp.float32), "b": jnp.zeros(3)}
+    table = str(florax.state_report(tx, params))
+    assert "  25 + 39  256 + 256  float32  64.0 KiB" in table
+    report = florax.gradient_report(
+        lambda params, x: jnp.mean(x @ params["w"]) + params["b"].sum(), tx, params, jnp.ones(256)
+    )
+    rows = {row.path: (row.sketch, row.across) for row in report.rows}
+    assert rows == {"['b']": (None, None), "['w']": ((256, 25), (256, 39))}
+    assert "  sketch 256×25 and 256×39" in str(report)
+
+
+# --- among other transformations
+
+
+PARAMS = {
+    "bias": jnp.linspace(-1, 1, 12),
+    "empty": jnp.zeros((0, 8)),
+    "kernel": jnp.sin(jnp.arange(240.0)).reshape(12, 20),
+    "none": jnp.zeros((2, 0, 5)),
+    "small": jnp.ones((4, 30)),
+    "square": jnp.cos(jnp.arange(169.0)).reshape(13, 13),
+}
+NAMES = {name: name in ("bias", "square") for name in PARAMS}
+WRAPPED = {
+    "plain": lambda tx: tx,
+    "masked": lambda tx: optax.masked(tx, NAMES),
+    "partition": lambda tx: optax.partition({True: tx, False: optax.sgd(0.1)}, NAMES),
+    "injected": lambda tx: optax.inject_hyperparams(
+        lambda scale: optax.chain(tx, optax.scale(scale))
+    )(scale=0.5),
+    "if finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+DTYPES = [None, jnp.bfloat16, jnp.int8, jnp.int4]
+BY_DAY = {
+    ("plain", None, jnp.float32),
+    ("masked", jnp.int8, jnp.float32),
+    ("injected", jnp.bfloat16, jnp.bfloat16),
+}
+
+
+def gradients(seed, like=PARAMS):
+    return optax.tree.random_like(jax.random.key(seed), like)
+
+
+@pytest.mark.parametrize(
+    "name, kept, dtype",
+    [
+        pytest.param(
+            name,
+            kept,
+            dtype,
+            id=f"{name}-{jnp.dtype(kept or dtype).name}-{jnp.dtype(dtype).name}",
+            marks=() if (name, kept, dtype) in BY_DAY else pytest.mark.slow,
+        )
+        for name in WRAPPED
+        for kept in DTYPES
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ],
+)
+def test_an_update_is_compiled_once_gives_up_its_state_and_changes_no_type(name, kept, dtype):
+    tx, traced = WRAPPED[name](accumulate(optax.adam(0.1), accumulator_dtype=kept)), []
+    params = optax.tree.cast(PARAMS, dtype)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def update(grads, state, params):
+        traced.append(1)
+        return tx.update(grads, state, params)
+
+    state, like = tx.init(params), jax.eval_shape(tx.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, like)
+    for seed in range(4):
+        before = _sketches.find(state, _sketches.Sketches)[0].key
+        updates, state = update(gradients(seed, params), state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes((updates, state), (params, like))
+        chex.assert_tree_all_finite(updates)
+        assert before.is_deleted()
+    assert len(traced) == 1
+    assert np.any(updates["square"]) and bool(florax.has_updated(state))
+
+
+@pytest.mark.parametrize("kept", [jnp.bfloat16, jnp.int8], ids=["bfloat16", "int8"])
+def test_fewer_bits_are_near_to_the_update_of_float32(kept):
+    """What is rounded of R, a unit of 2⁻⁸ or 1/127 of the largest, is enlarged by 20 / (5 - 2)."""
+
+    def last(dtype):
+        tx = accumulate(accumulator_dtype=dtype)
+        state = tx.init(PARAMS)
+        for seed in range(2):
+            updates, state = jax.jit(tx.update)(gradients(seed), state, PARAMS)
+        return updates
+
+    rounded, exact = last(kept), last(None)
+    for name in ("kernel", "square"):
+        assert 1e-4 < reference.relative_error(rounded[name], np.asarray(exact[name])) < 0.1
+
+
+def test_a_skipped_micro_step_is_as_if_it_had_never_been():
+    tx = accumulate(should_skip_update_fn=optax.skip_not_finite)
+    update, states = jax.jit(tx.update), [tx.init(PARAMS)] * 2
+    bad = {**gradients(0), "kernel": PARAMS["kernel"].at[0, 0].set(jnp.nan)}
+    for own in ([gradients(1), bad, gradients(2)], [gradients(1), gradients(2)]):
+        state = tx.init(PARAMS)
+        for grads in own:
+            updates, state = update(grads, state, PARAMS)
+        states.append((updates, state._replace(skip_state=())))
+    chex.assert_trees_all_equal(*states[2:])
+
+
+def test_what_is_not_finite_is_forgotten_with_its_cycle():
+    tx = accumulate()
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    bad = {**gradients(0), "kernel": PARAMS["kernel"].at[0, 0].set(jnp.inf)}
+    for grads in (bad, gradients(1)):
+        updates, state = update(grads, state, PARAMS)
+    assert not np.any(np.isfinite(updates.pop("kernel")))
+    chex.assert_tree_all_finite(updates)
+    for seed in (2, 3):
+        updates, state = update(gradients(seed), state, PARAMS)
+    chex.assert_tree_all_finite(updates)
+
+
+# --- meshes
+
+
+WIDE = {"kernel": jnp.zeros((16, 24)), "stack": jnp.zeros((4, 24, 16))}
+SPECS = {
+    "rows": {"kernel": P("x"), "stack": P(None, "x")},
+    "columns": {"kernel": P(None, "x"), "stack": P(None, None, "x")},
+    "both": {"kernel": P("x", "y"), "stack": P("y", "x")},
+    "one axis by all": {"kernel": P(("x", "y")), "stack": P(None, ("x", "y"))},
+}
+STACK = florax.FloraDimensionNumbers(1, 2, batch=0)
+ON_MESH = accumulate(
+    optax.sgd(1.0),
+    rank=6,
+    dimension_numbers=lambda path, leaf: STACK if leaf.ndim == 3 else None,
+)
+# R and C are sums of at most 24 products in another order, enlarged by up to 24 / (5 - 2).
+DIVIDED = dict(rtol=1e-4, atol=2e-5)
+
+
+def placed(tree, specs, mesh):
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+
+
+@functools.cache
+def on_one_device():
+    state, updates = ON_MESH.init(WIDE), []
+    for seed in range(4):
+        own, state = jax.jit(ON_MESH.update)(gradients(seed, WIDE), state, WIDE)
+        updates.append(own)
+    return updates
+
+
+@pytest.mark.parametrize(
+    "axis_type, specs",
+    [
+        pytest.param(
+            axis_type,
+            SPECS[name],
+            id=f"{axis_type.name}-{name}",
+            marks=() if (axis_type, name) == (AxisType.Explicit, "both") else pytest.mark.slow,
+        )
+        for axis_type in (AxisType.Explicit, AxisType.Auto)
+        for name in SPECS
+    ],
+)
+def test_on_a_mesh_updates_are_those_of_one_device(axis_type, specs):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        params = placed(WIDE, specs, mesh)
+        state, update = jax.jit(ON_MESH.init)(params), jax.jit(ON_MESH.update)
+        types = jax.tree.map(jax.typeof, state)
+        for seed, expected in enumerate(on_one_device()):
+            updates, state = update(placed(gradients(seed, WIDE), specs, mesh), state, params)
+            chex.assert_trees_all_close(updates, expected, **DIVIDED)
+            if axis_type == AxisType.Explicit:
+                assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+                assert jax.tree.map(jax.typeof, state) == types
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
+def test_on_an_explicit_mesh_each_sketch_is_divided_along_its_own_side(specs):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        arrays = jax.eval_shape(ON_MESH.init, placed(WIDE, specs, mesh)).sketch.arrays
+        short, long = (*specs["kernel"], None)[:2]
+        right, left = arrays["kernel"]
+        assert (right.sharding.spec[0], left.sharding.spec[0]) == (long, short)
+        layers, long, short = (*specs["stack"], None)[:3]
+        right, left = arrays["stack"]
+        assert right.sharding.spec[:2] == (layers, long)
+        assert left.sharding.spec[:2] == (layers, short)
+
+
+def test_devices_may_accumulate_by_themselves_and_share_only_sketches():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"kernel": jnp.zeros((16, 24))}
+    tx = accumulate(optax.sgd(1.0), rank=6)
+    grads = jax.random.normal(jax.random.key(0), (8, 2, 16, 24))
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P())
+    def step(grads, state, params):
+        for i in range(2):
+            state = florax.accumulate(tx, {"kernel": grads[0, i]}, state)
+        shared = jax.lax.pmean(state.sketch.arrays, "data")
+        state = state._replace(sketch=dataclasses.replace(state.sketch, arrays=shared))
+        return florax.finish(tx, params, state)
+
+    new, state = step(grads, tx.init(params), params)
+    one = accumulate(optax.sgd(1.0), 1, 6)
+    mean, _ = one.update({"kernel": grads.mean((0, 1))}, one.init(params), params)
+    chex.assert_trees_all_close(new, mean, **DIVIDED)
+    assert int(state.gradient_step) == 1
