@@ -965,7 +965,7 @@ def check(case: Case, tx: Any = None, exact: bool = True) -> None:
         return florax.value_and_grad(case.loss, tx)(params, *batch, opt_state=state)
 
     @jax.jit
-    def both(params: Any, state: Any, drawn: list[jax.Array | None], *batch: Any) -> Any:
+    def both(params: Any, state: Any, drawn: list[list[jax.Array]], *batch: Any) -> Any:
         value, dense = jax.value_and_grad(case.loss)(params, *batch)
         return born(params, state, *batch), (value, compressed(dense, state, drawn, case.terms))
 
@@ -973,6 +973,9 @@ def check(case: Case, tx: Any = None, exact: bool = True) -> None:
     (value, gradients), (expected, wanted) = both(*arguments)
     assert value == expected or (not exact and np.isclose(value, expected, 8 * case.eps))
     rows = florax.gradient_report(case.loss, tx, case.params, *case.batch).rows
+    assert [row.across for row in rows] == [
+        leaf.across and leaf.across.stored_shape for leaf in state.sketch.plan
+    ]
     reported = {row.path: row for row in rows}
     for leaf, gradient, want in zip(state.sketch.plan, flat(gradients), wanted, strict=True):
         row = reported[leaf.path]
@@ -1004,12 +1007,12 @@ def check(case: Case, tx: Any = None, exact: bool = True) -> None:
 
 
 class Wanted(NamedTuple):
-    """A gradient as JAX makes it; its sketch, and the lengths of both factors."""
+    """A gradient as JAX makes it; its sketch, or both; and the lengths of both factors of each."""
 
     gradient: jax.Array
-    sketch: jax.Array | None
-    length: jax.Array
-    terms: int
+    sketch: jax.Array | tuple[jax.Array, ...] | None
+    lengths: list[jax.Array]
+    terms: list[int]
 
 
 def in_cycle(state: Any, cycle: int) -> Any:
@@ -1018,27 +1021,32 @@ def in_cycle(state: Any, cycle: int) -> Any:
 
 
 @jax.jit
-def projections(state: Any) -> list[jax.Array | None]:
+def projections(state: Any) -> list[list[jax.Array]]:
     """Of all leaves. Apart from the rest, as it takes most of the time to compile."""
     drawn = state.sketch.draw()
-    return [drawn.get(leaf.path) for leaf in state.sketch.plan]
+    return [[drawn[part.path] for part in leaf.parts if part.rank] for leaf in state.sketch.plan]
 
 
 def compressed(
-    dense: Any, state: Any, drawn: list[jax.Array | None], count: int = TOKENS
+    dense: Any, state: Any, drawn: list[list[jax.Array]], count: int = TOKENS
 ) -> list[Wanted]:
     """What `value_and_grad` should return, leaf by leaf in their order."""
     wanted = []
-    for leaf, gradient, a in zip(state.sketch.plan, jax.tree.leaves(dense), drawn, strict=True):
+    for leaf, gradient, own in zip(state.sketch.plan, jax.tree.leaves(dense), drawn, strict=True):
         wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
         length = jnp.linalg.norm(wide.reshape(-1))
-        if a is None:
-            wanted.append(Wanted(gradient, None, length, count))
+        if not own:
+            wanted.append(Wanted(gradient, None, [length], [count]))
             continue
-        matrices = a.reshape(*leaf.stack_shape, leaf.rank, -1)
-        longest = jnp.max(jnp.linalg.norm(matrices, axis=(-2, -1)))
-        terms = count + matrices.shape[-1]
-        wanted.append(Wanted(gradient, leaf.compress(wide, a), length * longest, terms))
+        matrices = [
+            a.reshape(*leaf.stack_shape, part.rank, -1)
+            for a, part in zip(own, leaf.parts, strict=True)
+        ]
+        longest = [jnp.max(jnp.linalg.norm(a, axis=(-2, -1))) for a in matrices]
+        sketches = [part.compress(wide, a) for part, a in zip(leaf.parts, own, strict=True)]
+        kept = sketches[0] if leaf.across is None else tuple(sketches)
+        terms = [count + a.shape[-1] for a in matrices]
+        wanted.append(Wanted(gradient, kept, [length * own for own in longest], terms))
     return wanted
 
 
@@ -1050,9 +1058,12 @@ def assert_is_gradient(gradient: Any, want: Wanted, eps: float, exact: bool = Tr
     array, wanted = gradient, want.gradient
     if is_sketch(gradient):
         array, wanted = gradient.array, want.sketch
-    assert array.dtype == wanted.dtype
-    error = np.linalg.norm(np.asarray(array - wanted, np.float32).reshape(-1))
-    assert error <= eps * np.sqrt(want.terms) * want.length
+    assert jax.tree.structure(array) == jax.tree.structure(wanted)
+    pairs = zip(jax.tree.leaves(array), jax.tree.leaves(wanted), strict=True)
+    for (own, other), length, terms in zip(pairs, want.lengths, want.terms, strict=True):
+        assert own.dtype == other.dtype
+        error = np.linalg.norm(np.asarray(own - other, np.float32).reshape(-1))
+        assert error <= eps * np.sqrt(terms) * length
 
 
 PASSES_ON = {

@@ -34,8 +34,8 @@ def matrices(name, side, x):
     return x.reshape(-1, *x.shape[-2:])
 
 
-def projections(state, cycles):
-    """A of every leaf, in float64: a dict of (cycle, stack, rank, m)."""
+def projections(state, cycles, of=""):
+    """A of every leaf, in float64: a dict of (cycle, stack, rank, m); B of " across"."""
     draw = jax.jit(lambda cycle: dataclasses.replace(state.sketch, cycle=cycle).draw())
     drawn = [draw(cycle) for cycle in range(cycles)]
 
@@ -43,7 +43,7 @@ def projections(state, cycles):
         of_cycles = [np.asarray(matrices[path], np.float64) for matrices in drawn]
         return np.stack([a.reshape(-1, *a.shape[-2:]) for a in of_cycles])
 
-    return {name: of_leaf(f"['{name}']") for name in LEAVES}
+    return {name: of_leaf(f"['{name}']{of}") for name in LEAVES}
 
 
 def relative_error(got, wanted):
@@ -80,3 +80,33 @@ def accumulate(grads, projections, every_k, *, mean=True):
         else:
             so_far = t % every_k + 1
             yield np.zeros_like(grad), sketch / (so_far if mean else 1)
+
+
+def reconstruct(right, left, a, b):
+    """G̃ of C = G Aᵀ, `right`, and of (B G)ᵀ, `left`: by least squares with rows for the penalty."""
+    k, l, n = len(a), len(b), b.shape[1]  # noqa: E741
+    seen = b @ right
+    rest = left.T - seen @ a
+    y, *_ = np.linalg.lstsq(seen, rest)
+    variance = np.sum((rest - seen @ y) ** 2) / ((l - k) * rest.shape[1])
+    penalized = np.concatenate([seen, np.sqrt(k * variance) * np.eye(k)])
+    pseudoinverse = np.linalg.pinv(penalized)[:, :l]
+    y = pseudoinverse @ rest
+    guess = right @ (a + y)
+    explained = np.trace(seen @ pseudoinverse)
+    return guess + n / (l - explained) * b.T @ (left.T - b @ guess)
+
+
+def accumulate_both(grads, projections, across, every_k, *, mean=True):
+    """As `accumulate`, with both sides projected: a pair in the place of the sketch."""
+    total, zero = 0, np.zeros_like(grads[0])
+    for t, grad in enumerate(grads):
+        a, b, so_far = projections[t // every_k], across[t // every_k], t % every_k + 1
+        total = total + grad
+        kept = total / (so_far if mean else 1)
+        pair = (kept @ a.T, kept.T @ b.T)
+        if so_far == every_k:
+            yield reconstruct(*pair, a, b), tuple(0 * x for x in pair)
+            total = 0
+        else:
+            yield zero, pair

@@ -114,14 +114,22 @@ def test_at_once_and_layer_by_layer_it_is_the_training_of_stacks_along_the_first
     chex.assert_trees_all_close((values, moved(params, 0, -1)), expected[:2], **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "side, projection", [("smaller", "gaussian"), ("both", "cosine")], ids=["one side", "both"]
+)
 @all_bases(None)
-def test_all_ways_to_accumulate_are_those_of_stacks_along_the_first_axis(base):
+def test_all_ways_to_accumulate_are_those_of_stacks_along_the_first_axis(base, side, projection):
     def accumulated(axis):
         opt = florax.per_layer(BASES[base], STACKED, axis)
-        return florax.flora_accumulate(opt, 3, rank_of_layers, dimension_numbers=experts)
+        settings = dict(dimension_numbers=experts, side=side, projection=projection)
+        return florax.flora_accumulate(opt, 3, rank_of_layers, **settings)
 
     def rank_of_layers(path, leaf):
-        return 2 if leaf.ndim > 1 + ("layers" in jax.tree_util.keystr(path)) else None
+        return (
+            (3 if side == "both" else 2)
+            if leaf.ndim > 1 + ("layers" in jax.tree_util.keystr(path))
+            else None
+        )
 
     tx, first, params, loss = accumulated(1), accumulated(0), moved(FIRST, 1), loss_at(1)
     expected = steps.train(halves(loss_at(0), first), first, FIRST, X)
@@ -140,7 +148,7 @@ def test_all_ways_to_accumulate_are_those_of_stacks_along_the_first_axis(base):
     # What is compressed is kept by layers first.
     kept, wanted = (own.sketch.arrays["layers"] for own in (state, expected[2]))
     for name in ("experts", "square", "up"):
-        np.testing.assert_allclose(kept[name], wanted[name], **CLOSE)
+        chex.assert_trees_all_close(kept[name], wanted[name], **CLOSE)
 
 
 def test_every_layer_is_a_block_of_its_own():

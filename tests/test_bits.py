@@ -177,6 +177,7 @@ SAVED = {
     "momentum": momentum(dtype=jnp.int8, nesterov=True),
     "momentum in 4 bits": momentum(dtype=jnp.int4),
     "accumulation": accumulate(dtype=jnp.int8, opt=optax.adam(0.1)),
+    "both sides": accumulate(dtype=jnp.int8, side="both", projection="cosine"),
     "accumulation in 4 bits": accumulate(
         dtype=jnp.int4, opt=optax.chain(optax.adam(0.1), momentum(2, jnp.int2))
     ),

@@ -24,6 +24,9 @@ TRANSFORMATIONS = {
     "accumulate": florax.flora_accumulate(
         optax.adam(0.1), **ACCUMULATE, should_skip_update_fn=optax.skip_not_finite
     ),
+    "accumulate_both_sides": florax.flora_accumulate(
+        optax.adam(0.1), **ACCUMULATE, projection="cosine", side="both"
+    ),
     "accumulate_bfloat16_momentum": florax.flora_accumulate(
         optax.chain(optax.adafactor(0.1), florax.flora_momentum(**MOMENTUM)),
         **ACCUMULATE,

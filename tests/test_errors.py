@@ -274,6 +274,65 @@ def test_a_side_too_long_for_exact_cosines_is_refused(make):
         jax.eval_shape(tx.init, params)
 
 
+# --- both sides
+
+
+BOTH = dict(side="both", projection="cosine")
+
+
+def test_both_sides_need_orthonormal_projections():
+    message = (
+        "side='both' needs projections with orthonormal rows, got projection='gaussian'. Pass "
+        "projection='cosine'."
+    )
+    for arguments in (dict(side="both"), dict(side="both", projection="gaussian")):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            accumulate(**arguments)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_two_sketches_in_the_place_of_one_need_a_rank_of_3(rank):
+    message = re.escape(
+        f"side='both' keeps two sketches in the place of one of rank {rank}, too small a rank for "
+        "['layers'][0]['kernel']. Pass rank=3 or more, or side='smaller'."
+    )
+    for own in (rank, lambda path, leaf: rank):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            accumulate(own, **BOTH).init(PARAMS)
+
+
+@pytest.mark.parametrize("make", [momentum, flora])
+@pytest.mark.parametrize("arguments", [BOTH, dict(side="both")], ids=["cosine", "gaussian"])
+def test_a_momentum_is_of_one_side(make, arguments):
+    message = (
+        "side='both' is for accumulation, got it for flora_momentum. Pass projection='cosine', "
+        "residual=True, which lost less in training than a pair of sketches of as many bytes."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    "shape, columns, which",
+    [
+        ((4, 2**20 + 1), 2**20 + 1, "larger"),
+        ((2**20 + 1, 4), 2**20 + 1, "larger"),
+        ((2**21, 2**20 + 2), 2**20 + 2, "smaller"),
+    ],
+)
+def test_neither_side_may_be_too_long_for_exact_cosines(shape, columns, which):
+    message = re.escape(
+        f"projection='cosine' is exact up to 1048576 columns, but ['w'] of shape {shape} has "
+        f"{columns} on its {which} side. Use side='smaller' and projection='gaussian', or "
+        "rank=None for this leaf."
+    )
+    params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        jax.eval_shape(accumulate(**BOTH).init, params)
+    fits = {"w": jax.ShapeDtypeStruct((4, 2**20), jnp.float32)}
+    jax.eval_shape(accumulate(**BOTH).init, fits)
+
+
 # --- states and transformations
 
 
@@ -313,6 +372,7 @@ OTHERS = {
     "sum": accumulate(use_grad_mean=False),
     "side": accumulate(side="larger"),
     "projection": accumulate(projection="cosine"),
+    "both": accumulate(side="both", projection="cosine"),
     "rank": accumulate(rank=2),
 }
 UPDATES = {

@@ -201,7 +201,16 @@ def test_all_ways_to_accumulate_are_one_for_all_optimizers(opt):
     check_accumulation(opt, "alone", "frozen leaves", "none", False, 1)
 
 
-def check_accumulation(opt, inside, outside, skip, use_grad_mean, seed):
+@pytest.mark.parametrize(
+    "inside", [pytest.param(n, marks=pytest.mark.slow if n != "alone" else ()) for n in ACCUMULATED]
+)
+def test_all_ways_to_accumulate_are_one_where_both_sides_are_sketched(inside):
+    check_accumulation(
+        "adam", inside, "frozen leaves", "none", True, 0, side="both", projection="cosine"
+    )
+
+
+def check_accumulation(opt, inside, outside, skip, use_grad_mean, seed, **arguments):
     # What comes every micro-step is given no loss; `value` is for the update alone.
     tx = OUTSIDE[outside](
         florax.flora_accumulate(
@@ -211,6 +220,7 @@ def check_accumulation(opt, inside, outside, skip, use_grad_mean, seed):
             use_grad_mean=use_grad_mean,
             should_skip_update_fn=SKIPS[skip],
             key=seed,
+            **arguments,
         )
     )
     data = batches(seed)
@@ -280,7 +290,23 @@ BY_DAY = {
 )
 def test_born_compressed_or_not_the_step_is_the_same(name, opt):
     case = losses.CASES[name]()
-    tx = case.transformation(opt=LEAF_WISE[opt])
+    check_step(case, case.transformation(opt=LEAF_WISE[opt]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "a_scan_over_layers" else pytest.mark.slow)
+        for name in USES
+    ],
+)
+def test_so_it_is_where_both_sides_are_sketched(name):
+    case = losses.CASES[name]()
+    both = dict(side="both", projection="cosine")
+    check_step(case, case.transformation(opt=optax.sgd(0.1), rank=5, **both))
+
+
+def check_step(case, tx):
     micro_batches = jax.tree.map(
         lambda x: jnp.stack([x, x if x.ndim == 0 else x[::-1]]), case.batch
     )

@@ -63,6 +63,7 @@ STATES = {
     "momentum": momentum(),
     "accumulate": accumulate(),
     "both": accumulate(optax.chain(optax.adafactor(0.1), momentum(rank=2))),
+    "both sides": accumulate(side="both", projection="cosine"),
     "16 bits": momentum(accumulator_dtype=jnp.bfloat16),
     "per layer": florax.per_layer(florax.flora(0.1, 3), STACKED),
     "per layer inside": accumulate(florax.per_layer(florax.flora(0.1, rank), STACKED)),
@@ -88,7 +89,9 @@ def test_the_bytes_of_the_report_are_those_of_the_state(tx):
     report = florax.state_report(tx, PARAMS)
     assert report.state_bytes == sum(x.nbytes for x in kept) > 0
     for row in report.rows:
-        assert row.rank is None or row.state_bytes / row.full_bytes == row.rank / row.side
+        shares = [(row.rank, row.side), row.across] if row.rank else []
+        share = sum(rank / side for rank, side in filter(None, shares))
+        assert row.rank is None or row.state_bytes / row.full_bytes == pytest.approx(share)
 
 
 def test_a_stack_that_is_taken_for_a_matrix_beside_stacks_that_are_not_is_reported_loudly():
@@ -148,7 +151,10 @@ def containers():
 @pytest.mark.parametrize("to", ["deeper", "a list", "linen boxes", "nnx variables", "nnx values"])
 @pytest.mark.parametrize(
     "kind",
-    ["16 bits", *(pytest.param(k, marks=pytest.mark.slow) for k in ("momentum", "both"))],
+    [
+        "16 bits",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("momentum", "both", "both sides")),
+    ],
 )
 def test_a_state_reads_the_same_in_any_container(kind, to):
     """Arrays saved from plain dicts and restored into another container, and back."""
@@ -164,6 +170,10 @@ def test_a_state_reads_the_same_in_any_container(kind, to):
     chex.assert_trees_all_equal(jax.tree.leaves(got_after), jax.tree.leaves(after))
     back = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(got_after))
     chex.assert_trees_all_equal(back, after)
+
+
+ONE_SIDE = accumulate(projection="cosine")
+BOTH_SIDES = accumulate(projection="cosine", side="both")
 
 
 def test_flax_serialization_restores_a_state():
@@ -185,8 +195,13 @@ def test_flax_serialization_restores_a_state():
         (accumulate(), accumulate(use_grad_mean=False)),
         (accumulate(), accumulate(projection="cosine")),
         (accumulate(rank=rank), accumulate(rank=rank, side="larger")),
+        (ONE_SIDE, BOTH_SIDES),
+        (BOTH_SIDES, ONE_SIDE),
     ],
-    ids=["projection", "side", "rank", "mean", "of accumulation", "function"],
+    ids=[
+        *("projection", "side", "rank", "mean", "of accumulation", "function"),
+        *("both for one", "one for both"),
+    ],
 )
 def test_a_state_of_other_settings_is_refused(made, now):
     """As it is, and where its arrays were restored into a state of the new settings."""
@@ -195,6 +210,8 @@ def test_a_state_of_other_settings_is_refused(made, now):
     for update in (now.update, jax.jit(now.update)):
         with pytest.raises(ValueError, match=refusal):
             update(GRADIENTS[1], state, PARAMS)
+    if now.init(PARAMS).sketch.parts[-1].is_across != state.sketch.parts[-1].is_across:
+        return  # there are not as many arrays
     restored = jax.tree.unflatten(jax.tree.structure(now.init(PARAMS)), jax.tree.leaves(state))
     with pytest.raises(ValueError, match=refusal):
         now.update(GRADIENTS[1], restored, PARAMS)
@@ -315,6 +332,43 @@ MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,
 
 
 @pytest.mark.parametrize("logical", [False, True], ids=["Partitioned", "LogicallyPartitioned"])
+def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
+    """C those of the rows, R those of the columns: the larger side is the rows."""
+    linen = pytest.importorskip("flax.linen")
+    boxed = {
+        "bias": linen.Partitioned(jnp.ones(8), ("x",)),
+        "heads": linen.Partitioned(jnp.ones((8, 4, 6)), (None, "x", "y")),
+        "matrix": linen.Partitioned(jnp.ones((12, 8)), ("y", "x")),
+        "stack": linen.Partitioned(jnp.ones((4, 8, 12)), (None, "x", "y")),
+    }
+    numbers = {
+        "heads": florax.FloraDimensionNumbers(0, (1, 2)),
+        "stack": florax.FloraDimensionNumbers(1, 2, batch=0),
+    }
+    tx = accumulate(
+        every_k_schedule=1,
+        projection="cosine",
+        side="both",
+        dimension_numbers=lambda path, leaf: numbers.get(path[0].key),
+    )
+    with jax.set_mesh(MESH):
+        specs = linen.get_partition_spec(jax.eval_shape(tx.init, boxed)).sketch.arrays
+        assert specs == {
+            "bias": P("x"),
+            "heads": (P("x", "y", None), P(None, None)),
+            "matrix": (P("y", None), P("x", None)),
+            "stack": (P(None, "y", None), P(None, "x", None)),
+        }
+        shardings = jax.tree.map(lambda spec: NamedSharding(MESH, spec), specs)
+        init = jax.jit(lambda p: linen.unbox(tx.init(p).sketch.arrays), out_shardings=shardings)
+        assert [x.sharding.spec for x in init(boxed)["matrix"]] == [P("y", None), P("x", None)]
+    updates, _ = tx.update(boxed, tx.init(boxed), boxed)
+    assert updates["stack"].names == (None, "x", "y")
+    plain = jax.tree.map(jnp.asarray, linen.unbox(boxed))
+    expected, _ = tx.update(plain, tx.init(plain), plain)
+    chex.assert_trees_all_close(linen.unbox(updates), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("tx", [momentum(), accumulate()], ids=["momentum", "accumulate"])
 def test_sketches_in_boxes_of_linen_name_their_own_axes(tx, logical):
     linen = pytest.importorskip("flax.linen")

@@ -62,6 +62,16 @@ def test_so_they_are_with_both_projections_on_both_sides(name, projection, side)
     losses.check(case, case.transformation(projection=projection, side=side))
 
 
+BOTH_BY_DAY = {"a_scan_of_a_checkpoint", "lookups_of_every_kind", "parts_of_stacks"}
+
+
+@pytest.mark.parametrize("name", some(losses.CASES, losses.CASES.keys() - BOTH_BY_DAY))
+def test_so_they_are_where_both_sides_are_sketched(name):
+    """Of rank 3: with 4 some projections of rows have as many entries as a weight."""
+    case = losses.CASES[name]()
+    losses.check(case, case.transformation(rank=3, projection="cosine", side="both"))
+
+
 def test_a_dense_program_does_hold_gradients_of_full_size():
     """What `check` asserts of every sketched program is no empty claim."""
     for name, found in {

@@ -120,6 +120,28 @@ def test_a_step_is_the_loop_of_full_gradients_and_updates(base):
         assert int(state.gradient_step) == updates
 
 
+# What R is off by is enlarged by n / (l - d): 17 / (4 - 1) of the head.
+BOTH_SIDES = dict(side="both", projection="cosine")
+NEAR = dict(rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(base, id=name, marks=pytest.mark.slow if name != "per layer: adam" else ())
+        for name, base in BASES.items()
+    ],
+)
+def test_so_it_is_where_both_sides_are_sketched(base):
+    tx = accumulate(base, **BOTH_SIDES)
+    params, state = PARAMS, tx.init(PARAMS)
+    assert isinstance(state.sketch.arrays["blocks"]["up"], tuple)
+    for _ in range(2):
+        got, expected = (run(params, state, *BATCHES) for run in (step(tx), loop(tx)))
+        chex.assert_trees_all_close(got, expected, **NEAR)
+        _, params, state = got
+
+
 def test_a_step_may_begin_with_what_was_accumulated_before():
     tx = accumulate(ADAM, MICRO_BATCHES + 2)
     before = jax.tree.map(lambda x: x[0] + jnp.ones_like(x[0]), BATCHES)

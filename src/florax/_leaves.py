@@ -252,11 +252,12 @@ class Plan:
         for part in compressed.parts:
             if self.projection == "cosine" and part.side > _projection.MAX_COSINE_COLUMNS:
                 own = "smaller" if part.side == min(n, m) else "larger"
+                also = "side='smaller' and " if self.side == "both" else ""
                 raise ValueError(
                     "projection='cosine' is exact up to "
                     f"{_projection.MAX_COSINE_COLUMNS} columns, but {path} of shape {shape} has "
-                    f"{part.side} on its {own} side. Use projection='gaussian', or rank=None for "
-                    "this leaf."
+                    f"{part.side} on its {own} side. Use {also}projection='gaussian', or "
+                    "rank=None for this leaf."
                 )
         return compressed
 

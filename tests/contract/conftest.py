@@ -44,6 +44,9 @@ TRANSFORMATIONS = {
     ),
     "accumulate_adafactor": florax.flora_accumulate(optax.adafactor(0.1), **ACCUMULATE),
     "accumulate_adam_cosine": florax.flora_accumulate(ADAM, **ACCUMULATE, projection="cosine"),
+    "accumulate_both_sides": florax.flora_accumulate(
+        optax.sgd(0.1), **ACCUMULATE, projection="cosine", side="both"
+    ),
     "accumulate_sgd_sum": florax.flora_accumulate(
         optax.sgd(0.1), **ACCUMULATE, use_grad_mean=False, side="larger"
     ),
@@ -71,7 +74,7 @@ def quickly(compile_quickly):
 
 # What is much like another one runs by night.
 SLOW = {
-    *("accumulate_adafactor", "accumulate_sgd_sum", "masked", "momentum"),
+    *("accumulate_adafactor", "accumulate_sgd_sum", "accumulate_both_sides", "masked", "momentum"),
     *("per_layer_accumulate", "per_layer_adam", "flora", "accumulate_adam_cosine"),
     "accumulate_adafactor_momentum",
 }

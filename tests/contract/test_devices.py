@@ -150,6 +150,8 @@ def test_on_explicit_meshes_an_update_does_not_change_how_a_state_is_divided(
     [
         (AxisType.Auto, "smaller"),
         (AxisType.Explicit, "larger"),
+        pytest.param(AxisType.Explicit, "both", marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, "both", marks=pytest.mark.slow),
         pytest.param(AxisType.Auto, "larger", marks=pytest.mark.slow),
         pytest.param(AxisType.Explicit, "smaller", marks=pytest.mark.slow),
     ],
@@ -182,7 +184,13 @@ def test_born_compressed_gradients_are_those_of_one_device(axis_type, side):
         "layers": {"down": P(None, "model", None), "up": P(None, None, "model")},
     }
     base = florax.per_layer(optax.adam(1e-2), {"embed": False, "layers": True})
-    tx = florax.flora_accumulate(base, every_k_schedule=4, rank=4, side=side)
+    tx = florax.flora_accumulate(
+        base,
+        every_k_schedule=4,
+        rank=4,
+        side=side,
+        projection="cosine" if side == "both" else "gaussian",
+    )
     batches = normal(3, 4, 8, 5, 12)
 
     def step(params, batches):
