@@ -331,7 +331,6 @@ def test_sketches_may_be_cast_and_their_norm_is_that_of_what_they_keep():
 MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-@pytest.mark.parametrize("logical", [False, True], ids=["Partitioned", "LogicallyPartitioned"])
 def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
     """C those of the rows, R those of the columns: the larger side is the rows."""
     linen = pytest.importorskip("flax.linen")
@@ -369,6 +368,7 @@ def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
     chex.assert_trees_all_close(linen.unbox(updates), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("logical", [False, True], ids=["Partitioned", "LogicallyPartitioned"])
 @pytest.mark.parametrize("tx", [momentum(), accumulate()], ids=["momentum", "accumulate"])
 def test_sketches_in_boxes_of_linen_name_their_own_axes(tx, logical):
     linen = pytest.importorskip("flax.linen")
