@@ -104,12 +104,12 @@ def batches(seed):
     return normal(seed, CYCLES, MICRO_BATCHES, 4, 5)
 
 
-def assert_same(got, expected):
+def assert_same(got, expected, **close):
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
     coarse = [x.dtype == jnp.bfloat16 for x in jax.tree.leaves(expected)]
     for new, old, is_coarse in zip(*map(jax.tree.leaves, (got, expected)), coarse, strict=True):
         # In 16 bits a difference in the last bit of 32 may turn a rounding: a unit, 2⁻⁷.
-        near = dict(rtol=2.0**-6, atol=1e-3) if is_coarse else CLOSE
+        near = dict(rtol=2.0**-6, atol=1e-3) if is_coarse else {**CLOSE, **close}
         np.testing.assert_allclose(np.float64(new), np.float64(old), **near)
 
 
@@ -293,20 +293,16 @@ def test_born_compressed_or_not_the_step_is_the_same(name, opt):
     check_step(case, case.transformation(opt=LEAF_WISE[opt]))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "a_scan_over_layers" else pytest.mark.slow)
-        for name in USES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", USES)
 def test_so_it_is_where_both_sides_are_sketched(name):
     case = losses.CASES[name]()
     both = dict(side="both", projection="cosine")
-    check_step(case, case.transformation(opt=optax.sgd(0.1), rank=5, **both))
+    # What R is off by is enlarged by up to 17 / (4 - 2).
+    check_step(case, case.transformation(opt=optax.sgd(0.1), rank=5, **both), atol=5e-5)
 
 
-def check_step(case, tx):
+def check_step(case, tx, **close):
     micro_batches = jax.tree.map(
         lambda x: jnp.stack([x, x if x.ndim == 0 else x[::-1]]), case.batch
     )
@@ -331,6 +327,6 @@ def check_step(case, tx):
     whole = jax.jit(florax.value_and_update(case.loss, tx))
     state = tx.init(case.params)
     expected = by_hand(dense)(case.params, state, *micro_batches)
-    assert_same(by_hand(born)(case.params, state, *micro_batches), expected)
+    assert_same(by_hand(born)(case.params, state, *micro_batches), expected, **close)
     _, *got = whole(case.params, state, *micro_batches)
-    assert_same(tuple(got), expected)
+    assert_same(tuple(got), expected, **close)

@@ -331,6 +331,7 @@ def test_sketches_may_be_cast_and_their_norm_is_that_of_what_they_keep():
 MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
+@pytest.mark.slow
 def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
     """C those of the rows, R those of the columns: the larger side is the rows."""
     linen = pytest.importorskip("flax.linen")
