@@ -201,9 +201,8 @@ def test_all_ways_to_accumulate_are_one_for_all_optimizers(opt):
     check_accumulation(opt, "alone", "frozen leaves", "none", False, 1)
 
 
-@pytest.mark.parametrize(
-    "inside", [pytest.param(n, marks=pytest.mark.slow if n != "alone" else ()) for n in ACCUMULATED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", ACCUMULATED)
 def test_all_ways_to_accumulate_are_one_where_both_sides_are_sketched(inside):
     check_accumulation(
         "adam", inside, "frozen leaves", "none", True, 0, side="both", projection="cosine"
