@@ -125,13 +125,8 @@ BOTH_SIDES = dict(side="both", projection="cosine")
 NEAR = dict(rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        pytest.param(base, id=name, marks=pytest.mark.slow if name != "per layer: adam" else ())
-        for name, base in BASES.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
 def test_so_it_is_where_both_sides_are_sketched(base):
     tx = accumulate(base, **BOTH_SIDES)
     params, state = PARAMS, tx.init(PARAMS)
