@@ -97,8 +97,8 @@ def flora_accumulate(
         `"both"`, with `projection="cosine"` and a rank of 3 or more: two sketches, of as many
         entries together as the one of `"smaller"` (scales of integers add up to a fifth where rows
         are short), two fifths of them in G Aᵀ of 2r/5 columns, the rest in B G. What the base
-        optimizer sees is right on average, its part in A's row space exact, all of it if the rank
-        of the mean gradient is below 2r/5. Of gradients whose singular values fall like 1/i, a few
+        optimizer sees is right on average, to a few per cent, its part in A's row space exact, all
+        of it if the rank of the mean gradient is below 2r/5. Of gradients whose singular values fall like 1/i, a few
         hundred wide, its error is a quarter to a half of that of an unbiased sketch of one side; at
         ranks below 10 it is no smaller. A small system of equations is solved for every matrix,
         once a cycle.
