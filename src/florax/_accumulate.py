@@ -98,10 +98,10 @@ def flora_accumulate(
         entries together as the one of `"smaller"` (scales of integers add up to a fifth where rows
         are short), two fifths of them in G Aᵀ of 2r/5 columns, the rest in B G. What the base
         optimizer sees is right on average, to a few per cent, its part in A's row space exact, all
-        of it if the rank of the mean gradient is below 2r/5. Of gradients whose singular values fall like 1/i, a few
-        hundred wide, its error is a quarter to a half of that of an unbiased sketch of one side; at
-        ranks below 10 it is no smaller. A small system of equations is solved for every matrix,
-        once a cycle.
+        of it if the rank of the mean gradient is below 2r/5. Of gradients whose singular values
+        fall like 1/i, a few hundred wide, its error is a quarter to a half of that of an unbiased
+        sketch of one side; at ranks below 10 it is no smaller. A small system of equations is
+        solved for every matrix, once a cycle.
       dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
         `FloraDimensionNumbers`. None: a leaf of two axes is a matrix; others are kept dense.
       accumulator_dtype: dtype of the accumulator; None: float32, or the parameter's if wider.
