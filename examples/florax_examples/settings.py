@@ -96,12 +96,19 @@ class Training:
             raise ValueError("parameter_scale is Adafactor's, got optimizer=adamw")
         if self.freeze_a and self.method != "lora":
             raise ValueError(f"freeze_a is LoRA's, got method={self.method}: add --method lora")
-        if self.projection == "gaussian" and self.method in ("flora", "all"):
-            self._check_gaussian()
+        if self.method in ("flora", "all"):
+            self._check_sketches()
         if self.layerwise:
             self._check_layerwise()
 
-    def _check_gaussian(self) -> None:
+    def _check_sketches(self) -> None:
+        if self.accumulator == "both" and self.rank < 3 and self.accumulate > 1:
+            raise ValueError(
+                f"accumulator=both has two sketches, got rank={self.rank}: add --rank 3 or more, "
+                "or --accumulator sketch"
+            )
+        if self.projection != "gaussian":
+            return
         if self.residual:
             raise ValueError(
                 "residual needs orthonormal rows, got projection=gaussian: add --no-residual, or "
