@@ -4,7 +4,6 @@ A matrix's projection depends on the base key, the words of its leaf, its index 
 cycle, and on nothing else: not on other leaves, the sharding or the number of devices.
 """
 
-import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from florax import _checks, _cipher, _leaves, _projection
+from florax import _checks, _cipher, _leaves
 
 
 def base_key(key: Any) -> jax.Array:
@@ -134,16 +133,12 @@ def rows(array: jax.Array) -> list[jax.Array]:
 def seeds(leaves: Sequence[_leaves.Leaf], keys: Sequence[jax.Array]) -> list[jax.Array]:
     """Per leaf the keys of its matrices, with what is slow to draw inside of a loop over them.
 
-    That is, over those of stacks: `_projection.seed`, shape `(matrices, words)`, uint32.
+    That is, over those of stacks: seeds of shape `(matrices, words)`, uint32.
     """
-    found = list(keys)
-    for i, (leaf, own) in enumerate(zip(leaves, keys, strict=True)):
-        if leaf.batch and leaf.rank is not None:
-            seed = functools.partial(
-                _projection.seed, leaf.projection, rank=leaf.rank, size=leaf.side
-            )
-            found[i] = jax.vmap(seed)(own)
-    return found
+    return [
+        jax.vmap(leaf.seed_matrix)(own) if leaf.batch else own
+        for leaf, own in zip(leaves, keys, strict=True)
+    ]
 
 
 def draw(leaves: Sequence[_leaves.Leaf], keys: Sequence[jax.Array]) -> list[jax.Array]:

@@ -59,6 +59,11 @@ class Leaf:
         return math.prod(self.shape[axis] for axis in self.columns)
 
     @property
+    def projected(self) -> tuple[int, int] | None:
+        """Rank of its sketch and size of the projected side; None if it is kept dense."""
+        return None if self.rank is None else (self.rank, self.side)
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of what the state keeps: `(*batch, *rows, rank)`, or the leaf's own if dense."""
         if self.rank is None:
@@ -96,8 +101,7 @@ class Leaf:
     def projection_bytes(self) -> int:
         """Size of its projections, float32."""
         assert self.rank is not None
-        columns = math.prod(self.shape[axis] for axis in self.columns)
-        return 4 * self.matrices * self.rank * columns
+        return 4 * self.matrices * self.rank * self.side
 
     def layer(self, axis: int) -> "Leaf":
         """One layer of a stack along that axis: as a leaf of its own.
@@ -121,6 +125,11 @@ class Leaf:
         drawn: jax.Array = _projection.draw(self.projection, seed, self.rank, columns)
         return drawn
 
+    def seed_matrix(self, key: jax.Array) -> jax.Array:
+        """The key of one matrix, with what is slow to draw of its projection (`_projection`)."""
+        assert self.rank is not None
+        return _projection.seed(self.projection, key, self.rank, self.side)
+
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
         """Sketch a gradient of the leaf's shape: `(*batch, *rows, rank)`, float32 at least."""
         projection = _meshes.divide(projection, _meshes.division(grad, self.batch))
@@ -142,6 +151,23 @@ class Leaf:
         sides = (self.columns, self.rows) if columns_first else (self.rows, self.columns)
         order = self.batch + sides[0] + sides[1]
         return matrices.transpose([order.index(axis) for axis in range(len(order))])
+
+    def reconstruct(
+        self,
+        sketch: jax.Array,
+        solved: tuple[jax.Array, jax.Array],
+        across: jax.Array,
+        like: jax.Array | None = None,
+    ) -> jax.Array:
+        """As `decompress`, of two sketches: `across` is B, and `solved` are those of `_projection`.
+
+        G = [C, Bᵀ] [top; bottom].
+        """
+        stack, last = len(self.batch), len(self.batch) + len(self.rows)
+        across = jnp.moveaxis(across, stack, last)
+        across = _meshes.divide(across, _meshes.division(sketch, range(last)))
+        wide = jnp.concatenate([sketch.astype(across.dtype), across], axis=-1)
+        return self.decompress(wide, jnp.concatenate(solved, axis=stack), like)
 
     def transfer(self, sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         """Carry a sketch over from the projections `old` to `new`."""
@@ -238,7 +264,7 @@ class Plan:
         if rank >= min(n, m):
             return dataclasses.replace(dense, reason=f"rank {rank} ≥ min({n}, {m})")
         if (n > m) if self.side == "larger" else (n < m):
-            rows, columns, n, m = columns, rows, m, n
+            rows, columns = columns, rows
         compressed = dataclasses.replace(
             dense,
             rank=int(rank),
@@ -248,7 +274,7 @@ class Plan:
             projection=self.projection,
         )
         if self.side == "both":
-            compressed = _paired(compressed, n, m)
+            compressed = _paired(compressed)
         for part in compressed.parts:
             if self.projection == "cosine" and part.side > _projection.MAX_COSINE_COLUMNS:
                 own = "smaller" if part.side == min(n, m) else "larger"
@@ -262,13 +288,12 @@ class Plan:
         return compressed
 
 
-def _paired(leaf: Leaf, n: int, m: int) -> Leaf:
+def _paired(leaf: Leaf) -> Leaf:
     """A leaf of n × m, n at least m, with two sketches in the place of one of its rank.
 
-    Two fifths of the bytes are those of C: of its width are the columns that G is guessed in, and
-    what is left over after the guess is as noisy as the other sketch is narrow. By experiment: the
-    least loss in training, where 1/3 did as well and 4/9 hardly worse, and the least error for
-    spectra that fall slowly and fast, n / m from 1 to 16.
+    Two fifths of the entries are those of C: the wider it is, the better the guess, and the wider
+    the other sketch, the less noise in what is added to the guess. At a half both sketches of a
+    square would be as wide, and nothing left to tell how far the guess is off.
     """
     assert leaf.rank is not None
     first = 2 * leaf.rank // 5
@@ -280,7 +305,7 @@ def _paired(leaf: Leaf, n: int, m: int) -> Leaf:
     across = dataclasses.replace(
         leaf,
         path=leaf.path + _SUFFIX,
-        rank=(leaf.rank - first) * n // m,
+        rank=(leaf.rank - first) * math.prod(leaf.shape[i] for i in leaf.rows) // leaf.side,
         rows=leaf.columns,
         columns=leaf.rows,
         is_across=True,

@@ -135,8 +135,7 @@ def _rows(sketches: _sketches.Sketches) -> list[ReportRow]:
         shape, full = (*layers, *leaf.shape), kept.dtype
         if _stored.is_quantized(kept):
             full = jnp.promote_types(leaf.dtype, jnp.float32)
-        rank, side = (leaf.rank, leaf.side) if leaf.rank else (None, None)
-        across = leaf.across and leaf.across.rank and (leaf.across.rank, leaf.across.side)
+        rank, side = leaf.projected or (None, None)
         rows.append(
             ReportRow(
                 sketches.settings[0],
@@ -144,7 +143,7 @@ def _rows(sketches: _sketches.Sketches) -> list[ReportRow]:
                 shape,
                 rank,
                 side,
-                across or None,
+                None if leaf.across is None else leaf.across.projected,
                 leaf.reason,
                 kept.dtype.name,
                 sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(parts)),

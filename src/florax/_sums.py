@@ -36,7 +36,7 @@ class Sum(NamedTuple):
             if _stored.is_quantized(array) and place >= array.words.ndim - 1:
                 array = _stored.read(array)  # layers and blocks are along the same axis
             arrays.append(_stacks.take(array, index, jax.tree.map(lambda _: place, array)))
-        return Sum(self.leaf.layer(axis), arrays, keys, self.is_right)
+        return self._replace(leaf=self.leaf.layer(axis), arrays=arrays, keys=keys)
 
     def read(self, arrays: Sequence[_stored.Stored]) -> list[jax.Array]:
         """Its arrays, or NaN, as numbers."""
@@ -47,14 +47,10 @@ class Sum(NamedTuple):
     ) -> jax.Array:
         """The gradient, in the dtype of `like` and divided as it is; of `arrays`, which it has."""
         gradient, *solved = self.read(arrays)
-        if projection is not None:
-            if solved:  # G = [C, Bᵀ] [top; bottom]
-                axes = len(self.leaf.batch), len(self.leaf.batch) + len(self.leaf.rows)
-                kept = _meshes.division(gradient, range(axes[1]))
-                projection = jnp.moveaxis(projection, axes[0], axes[1])
-                pair = gradient.astype(projection.dtype), _meshes.divide(projection, kept)
-                gradient = jnp.concatenate(pair, axis=-1)
-                projection = jnp.concatenate(solved, axis=axes[0])
+        if solved and projection is not None:
+            top, bottom = solved
+            gradient = self.leaf.reconstruct(gradient, (top, bottom), projection, like)
+        elif projection is not None:
             gradient = self.leaf.decompress(gradient, projection, like)
         if isinstance(like, jax.Array):
             gradient = _meshes.divide_as(gradient, like)
@@ -105,22 +101,13 @@ def solved(sums: Sequence[Sum]) -> list[Sum]:
             types = [jax.typeof(x) for x in jax.tree.leaves((own.arrays, own.keys))]
             groups.setdefault((own.leaf.drawn_like, *types), []).append(i)
     for members in groups.values():
-        for number in _chunks([sums[i] for i in members]):
-            chunk = [members[i] for i in number]
-            for i, own in zip(chunk, _solve([sums[i] for i in chunk]), strict=True):
-                found[i] = own
+        for i, own in zip(members, _solve([sums[i] for i in members]), strict=True):
+            found[i] = own
     return found
 
 
 # Projections that are there at a time, in bytes.
 _TOGETHER = 2**25
-
-
-def _chunks(sums: Sequence[Sum]) -> list[list[int]]:
-    """Numbers of sums, alike, that are solved together."""
-    bytes_of_one = sum(part.projection_bytes for part in sums[0].leaf.parts)
-    count = max(1, _TOGETHER // max(1, bytes_of_one))
-    return [list(range(len(sums)))[i : i + count] for i in range(0, len(sums), count)]
 
 
 def _solve(sums: Sequence[Sum]) -> list[Sum]:
@@ -131,21 +118,21 @@ def _solve(sums: Sequence[Sum]) -> list[Sum]:
     columns = _meshes.division(each[0][1], range(depth, depth + len(leaf.columns)))
     specs = _meshes.spec((None, None, *columns))
 
-    def of_all(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_all(each: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
         flat = [
             [x.reshape(count, *x.shape[1 if _are_keys(x) else depth :]) for x in own]
-            for own in (arrays[i : i + 4] for i in range(0, len(arrays), 4))
+            for own in each
         ]
         stacked = tuple(jnp.concatenate(own) for own in zip(*flat, strict=True))
         one = functools.partial(_solve_one, leaf)
-        size = max(1, sum(part.projection_bytes for part in leaf.parts) // max(1, count))
-        together = max(1, _TOGETHER // size)
+        of_one = sum(part.projection_bytes for part in leaf.parts) // max(1, count)
+        together = max(1, _TOGETHER // max(1, of_one))
         if len(stacked[0]) <= together:
             return jax.vmap(one)(stacked)
         solved: tuple[jax.Array, jax.Array] = jax.lax.map(one, stacked, batch_size=together)
         return solved
 
-    both = _meshes.into((specs, specs), of_all, *[x for own in each for x in own])
+    both = _meshes.into((specs, specs), of_all, each)
     parts = zip(*(jnp.split(x, len(sums)) for x in both), strict=True)
     return [
         own._replace(

@@ -137,18 +137,22 @@ def born(tx: optax.GradientTransformation, opt_state: Any, program: Program) -> 
     seen = _calls.look(tx, opt_state, params)
     check_first(seen)
     found: dict[int, Born] = {}
-    count = len(program.leaves)
     for own in (own for seen in seen if seen.is_first for own in with_keys(seen.sketch)):
-        number = numbers.get(own.leaf.of)
-        if number is None or jnp.shape(program.leaves[number]) != own.leaf.shape:
+        of = numbers.get(own.leaf.of)
+        if of is None or jnp.shape(program.leaves[of]) != own.leaf.shape:
             raise ValueError(
-                f"opt_state was made for parameters with {own.leaf.path} of shape "
+                f"opt_state was made for parameters with {own.leaf.of} of shape "
                 f"{own.leaf.shape}, which what is differentiated has not: {program.paths}. Pass "
                 "the state of these parameters, or their argnums."
             )
         if own.leaf.rank:
-            found[number + count * own.leaf.is_across] = own
+            found[number_of(own.leaf, numbers)] = own
     return found
+
+
+def number_of(part: _leaves.Leaf, numbers: Mapping[str, int]) -> int:
+    """Of a part, from those of all leaves: behind these, if it is the second of its leaf."""
+    return numbers[part.of] + len(numbers) * part.is_across
 
 
 def check_first(seen: Sequence[_calls.Seen], all_of_them: bool = False) -> None:

@@ -186,9 +186,8 @@ def _sum_in_place(
     """The same, with the backward pass itself adding to the sums of the states."""
     _value_and_grad.check_first([seen for _, seen in reached], all_of_them=True)
     numbers = {path: number for number, path in enumerate(_dimensions.names(params))}
-    shift = len(numbers)  # of the numbers of second sketches
     plans = [
-        [numbers[part.of] + shift * part.is_across for part in seen.sketch.parts]
+        [_value_and_grad.number_of(part, numbers) for part in seen.sketch.parts]
         for _, seen in reached
     ]
     # The keys once for all micro-batches. Dense leaves too: their gradients are summed in place.
