@@ -41,6 +41,9 @@ ROWS = (
     f"memory.py {LLAMA} --methods none --run",
     f"memory.py {XL32} --methods galore",
     f"peers.py {XL32} --methods galore",
+    f"memory.py {XL32} --methods both both-int8",
+    f"speed.py {XL32} --methods full both both-int8",
+    f"finish.py {XL32}",
 )
 
 

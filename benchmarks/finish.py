@@ -58,8 +58,7 @@ def measure(s: Settings) -> dict[str, Any]:
 
 
 def main(s: Settings) -> None:
-    settings = s.settings() | {"methods": list(s.methods)}
-    row = results.get(s.results, "finish", settings, lambda: measure(s))
+    row = workload.measure_together(s, "finish", measure)
     print(f"{s.title}; milliseconds an update, without its micro-batches:\n{tables.times([row])}")
 
 

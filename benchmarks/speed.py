@@ -27,8 +27,7 @@ def measure(s: Settings) -> dict[str, Any]:
 
 
 def main(s: Settings) -> None:
-    settings = s.settings() | {"methods": list(s.methods)}
-    row = results.get(s.results, "speed", settings, lambda: measure(s))
+    row = workload.measure_together(s, "speed", measure)
     print(f"{s.title}; milliseconds a micro-step:\n{tables.times([row])}")
 
 

@@ -45,9 +45,10 @@ TINY = LlamaConfig(
     pad_token_id=0,
 )
 
-# From scratch, by the validation loss after 250 updates. `flora`: the best of 1, 2, 4 and 10 times
-# 1e-3. The others: the best tried and the largest, of 1, 2 and 4 (`naive`), of 0.5, 1 and 2
-# (`none`), of 1 and 2 (`lora`). Large published weights want less: 2e-4 served SmolLM2.
+# From scratch, by the validation loss after 250 updates. `flora`, then of one side in float32: the
+# best of 1, 2, 4 and 10 times 1e-3; `paper` has the same. The others: the best tried and the
+# largest, of 1, 2 and 4 (`naive`), of 0.5, 1 and 2 (`none`), of 1 and 2 (`lora`). Large published
+# weights want less: 2e-4 served SmolLM2.
 LEARNING_RATES = {"none": 2e-3, "naive": 4e-3, "lora": 2e-3, "paper": 2e-3, "flora": 2e-3}
 SHOWN = 3  # prompts
 PROMPT = 12  # words of a held-out text that are one

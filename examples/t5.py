@@ -40,7 +40,7 @@ TINY = T5Config(
 PREFIX = "summarize: "
 
 # For `flora` that of the best ROUGE among 2, 4 and 8 times 1e-3, in the default run; the others
-# have the same.
+# have the same. That was of sketches of one side, in float32.
 LEARNING_RATES = {"none": 2e-3, "naive": 2e-3, "lora": 2e-3, "paper": 2e-3, "flora": 2e-3}
 SHOWN = 3  # summaries
 

@@ -42,7 +42,7 @@ TINY = ViTConfig(
 
 # Tried once each: 0.5, 1, 2 and 4 times 1e-3, in the default run. For `none` 1e-3 had the lowest
 # validation loss; for `naive` and `flora` all four are alike within its noise. `lora` has that of
-# `naive`.
+# `naive`, `paper` that of `flora`; `flora` was then of one side, in float32.
 LEARNING_RATES = {"none": 1e-3, "naive": 2e-3, "lora": 2e-3, "paper": 2e-3, "flora": 2e-3}
 SHOWN = (4, 6)  # rows and columns of the picture of predictions
 

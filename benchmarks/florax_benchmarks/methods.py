@@ -46,6 +46,7 @@ METHODS = (
     "layerwise-accumulate",
     "galore",
 )
+ACCUMULATIONS = ("dense", "sketched", "both", "whole")
 MethodName: TypeAlias = Literal[METHODS]
 LEARNING_RATE = 1e-4
 
@@ -92,7 +93,7 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
     if name == "multisteps":
         tx = optax.MultiSteps(adafactor, accumulate).gradient_transformation()
         return Method(tx.init, one_by_one(loss_fn, tx), 1, accumulate)
-    if name in ("dense", "sketched", "both", "whole"):
+    if name in ACCUMULATIONS:
         tx = accumulation(own, accumulate, rank, side)
         step = dense(loss_fn, tx) if name == "dense" else florax.value_and_update(loss_fn, tx)
         return Method(tx.init, step, accumulate, 1)
@@ -115,8 +116,10 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
 def accumulation(
     name: str, accumulate: int, rank: int, side: str
 ) -> optax.GradientTransformationExtraArgs:
-    """The `flora_accumulate` of `dense`, `sketched`, `both` and `whole`."""
+    """The `flora_accumulate` of one of `ACCUMULATIONS`, in whatever bits."""
     name, dtype = split(name)
+    if name not in ACCUMULATIONS:
+        raise ValueError(f"name must be one of {', '.join(ACCUMULATIONS)}; got {name!r}")
 
     def ranks(path: tuple, leaf: Any) -> int | None:
         if name == "whole" or not florax.attention_and_feed_forward(path, leaf):

@@ -68,6 +68,14 @@ def measure_each(
     return [row(name) for name in w.methods]
 
 
+def measure_together(
+    w: Workload, benchmark: str, measure: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """The row of a benchmark whose methods take turns."""
+    settings = w.settings() | {"methods": list(w.methods)}
+    return results.get(w.results, benchmark, settings, lambda: measure(w))
+
+
 class Compiled(NamedTuple):
     """A compiled method; `params`, `state` and `batches` are shapes."""
 

@@ -154,7 +154,7 @@ def solve(
     C shows, where σ² is the variance of what C's columns leave of an entry of R; of that, least
     squares leave (l - k) / l. Y is fitted to the same R that then judges it, so explains d of its l
     dimensions in any case, d = tr H where H R is what is explained: without d, G̃ would be shrunk;
-    with it, of spectra that fall, it is right on average to a few per cent.
+    with it, of spectra that fall, it is right on average to a tenth.
 
     G̃ Aᵀ = C: what is in A's row space is exact. All of G is, up to rounding, if its rank is below
     k, or if it is k and C has its rank.
