@@ -620,3 +620,18 @@ def test_what_has_no_entries_has_a_gradient_without_any():
     step = florax.value_and_update(loss, tx)
     value, _, _ = step(params, tx.init(params), X[None])
     np.testing.assert_allclose(value, loss(params, X), rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["smaller", "both"])
+def test_a_loop_keeps_nothing_of_its_keys_for_the_way_back(side):
+    """A layer's are read there from those of all: copies would be kernels in every layer."""
+    case = losses.CASES["a_scan_of_a_checkpoint"]()
+    tx = case.transformation(side=side, projection="cosine")
+    step = florax.value_and_grad(case.loss, tx)
+    jaxpr = jax.make_jaxpr(lambda p, s: step(p, *case.batch, opt_state=s))(
+        case.params, tx.init(case.params)
+    )
+    scans = [e for e in losses.equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    made = [var.aval for scan in scans for var in scan.outvars]
+    assert len(scans) == 2
+    assert not [own for own in made if jnp.issubdtype(own.dtype, jnp.integer)]

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from florax import (
     _convolutions,
@@ -271,25 +270,23 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
     totals, slots = ev.inside([*parts.consts, *start, *stacks])
 
     # The keys of all stacks side by side, shape (layers, words of a layer): a slice and a copy a
-    # layer, not one for every weight.
-    keys = [own for weight in weights for own in weight.layer_keys()]
-    flat = [own.reshape(len(own), -1) for own in keys]
-    packed = jnp.concatenate(flat, axis=1) if keys else None
-    starts = np.cumsum([own.shape[1] for own in flat])[:-1]
+    # layer, not one for every weight. They stay together until something is drawn: parts of them
+    # would be values of a layer, which the loop keeps for its backward pass.
+    keys = [own.reshape(len(own), -1) for weight in weights for own in weight.layer_keys()]
+    packed = jnp.concatenate(keys, axis=1) if keys else None
+    words = list(itertools.pairwise(itertools.accumulate((x.shape[1] for x in keys), initial=0)))
 
     def body(carry: Any, xs: Any) -> Any:
         moving, totals = carry
         index, layer_keys, slices = xs
-        split = [] if layer_keys is None else jnp.split(layer_keys, starts)
-        own_keys = (own.reshape(like.shape[1:]) for own, like in zip(split, keys, strict=True))
         inner = ev.entered(equation, parts.body, wanted, (totals, {}))
-        moving_values = iter(moving)
+        moving_values, own_words = iter(moving), iter(words)
         carried = [
             value if stays else next(moving_values)
             for value, stays in zip(start, constant, strict=True)
         ]
         sliced = [
-            stack.at(index, own[0], own[1], own_keys).written(slots, inner.totals)
+            stack.at(index, own[0], own[1], layer_keys, own_words).written(slots, inner.totals)
             if isinstance(stack, _weights.Weight)
             else own
             for stack, own in zip(stacks, slices, strict=True)
@@ -307,7 +304,7 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
     (moved, totals), collected = jax.lax.scan(
         body,
         (moving, totals),
-        (jnp.arange(params["length"], dtype=jnp.int32), packed, xs),
+        (jnp.arange(params["length"], dtype=jnp.uint32), packed, xs),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

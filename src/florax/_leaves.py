@@ -293,10 +293,11 @@ def _paired(leaf: Leaf) -> Leaf:
 
     Two fifths of the entries are those of C: the wider it is, the better the guess, and the wider
     the other sketch, the less noise in what is added to the guess. At a half both sketches of a
-    square would be as wide, and nothing left to tell how far the guess is off.
+    square would be as wide, and nothing left to tell how far the guess is off. From a rank of 40 on
+    it is the next multiple of 8: accelerators multiply in tiles, and a part of one takes its time.
     """
     assert leaf.rank is not None
-    first = 2 * leaf.rank // 5
+    first = 8 * round(leaf.rank / 20) if leaf.rank >= 40 else 2 * leaf.rank // 5
     if first < 1:
         raise ValueError(
             f"side='both' keeps two sketches in the place of one of rank {leaf.rank}, too small a "

@@ -167,28 +167,49 @@ def solve(
     (arXiv:1609.00048); d: Golub, Heath and Wahba, "Generalized cross-validation as a method for
     choosing a good ridge parameter", 1979.
     """
-    columns, dtype = left.shape[:-1], jnp.promote_types(right.dtype, jnp.float32)
-    c, r = (x.astype(dtype).reshape(-1, x.shape[-1]) for x in (right, left))
-    a, b = (x.astype(dtype).reshape(len(x), -1) for x in (projection, across))
-    # Powers of two change no digit, and keep squares within what float32 has.
-    largest = jnp.maximum(jnp.max(jnp.abs(c)), jnp.max(jnp.abs(r)))
-    _, exponent = jnp.frexp(largest)
-    c, r = jnp.ldexp(c, -exponent), jnp.ldexp(r.T, -exponent)
-    n, m, k, l = len(c), len(r.T), len(a), len(b)  # noqa: E741
+    mixed, exponent = mix(right, left, across)
+    rows = math.prod(right.shape[:-1])
+    return solve_mixed(left, projection, rows, mixed, exponent, *orthonormal(mixed))
+
+
+def mix(right: jax.Array, left: jax.Array, across: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """B C, `(l, k)`, of sketches divided by a power of two; and its exponent.
+
+    Powers of two change no digit, and keep squares within what float32 has.
+    """
+    dtype = jnp.promote_types(right.dtype, jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(right)), jnp.max(jnp.abs(left)))
+    _, exponent = jnp.frexp(largest.astype(dtype))
+    c = jnp.ldexp(right.astype(dtype).reshape(-1, right.shape[-1]), -exponent)
+    return _exactly(across.astype(dtype).reshape(len(across), -1), c), exponent
+
+
+def solve_mixed(
+    left: jax.Array,
+    projection: jax.Array,
+    rows: int,
+    mixed: jax.Array,
+    exponent: jax.Array,
+    p: jax.Array,
+    s: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`solve` from where B C = `mixed` is known, and `orthonormal` of it."""
+    columns, (l, k) = left.shape[:-1], mixed.shape  # noqa: E741
+    a = projection.astype(mixed.dtype).reshape(k, -1)
+    r = jnp.ldexp(left.astype(mixed.dtype).reshape(-1, l).T, -exponent)
 
     # With B C S = P, orthonormal, and Y = S X, every step is well conditioned, whatever C is.
-    bc = _exactly(b, c)
-    p, s = _orthonormal(bc)
-    rest = r - _exactly(bc, a)
+    rest = r - _exactly(mixed, a)
     x = _exactly(p.T, rest)
-    variance = jnp.sum((rest - _exactly(p, x)) ** 2) / ((l - k) * m)
+    variance = jnp.sum((rest - _exactly(p, x)) ** 2) / ((l - k) * r.shape[1])
     gram = _ridged(_exactly(p.T, p), _SHIFTS[-1])
     factor = (jnp.linalg.cholesky(gram + k * variance * _exactly(s.T, s)), True)
-    both = jax.scipy.linalg.cho_solve(factor, jnp.concatenate([x, gram], axis=1))
-    x, explained = both[:, :m], jnp.trace(both[:, m:])
+    # The inverse, small as it is: back substitution is slower than a product on a GPU.
+    inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(k, dtype=gram.dtype))
+    x, explained = _exactly(inverse, x), jnp.sum(inverse * gram)
 
     top = a + _exactly(s, x)
-    bottom = jnp.ldexp(n / (l - explained) * (rest - _exactly(p, x)), exponent)
+    bottom = jnp.ldexp(rows / (l - explained) * (rest - _exactly(p, x)), exponent)
     return top.reshape(k, *columns), bottom.reshape(l, *columns)
 
 
@@ -206,7 +227,7 @@ def _ridged(gram: jax.Array, ridge: jax.typing.ArrayLike) -> jax.Array:
     return gram + own * jnp.eye(len(gram), dtype=gram.dtype)
 
 
-def _orthonormal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+def orthonormal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """An orthonormal basis P of its columns, and S with P = matrix S.
 
     Cholesky's QR, thrice, with less and less of a shift: without one it fails where columns depend

@@ -1,7 +1,6 @@
 """What was accumulated of gradients, on the way back to them."""
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +105,7 @@ def solved(sums: Sequence[Sum]) -> list[Sum]:
     return found
 
 
-# Projections that are there at a time, in bytes.
+# What is there of the largest array of a matrix at a time, in bytes.
 _TOGETHER = 2**25
 
 
@@ -123,14 +122,8 @@ def _solve(sums: Sequence[Sum]) -> list[Sum]:
             [x.reshape(count, *x.shape[1 if _are_keys(x) else depth :]) for x in own]
             for own in each
         ]
-        stacked = tuple(jnp.concatenate(own) for own in zip(*flat, strict=True))
-        one = functools.partial(_solve_one, leaf)
-        of_one = sum(part.projection_bytes for part in leaf.parts) // max(1, count)
-        together = max(1, _TOGETHER // max(1, of_one))
-        if len(stacked[0]) <= together:
-            return jax.vmap(one)(stacked)
-        solved: tuple[jax.Array, jax.Array] = jax.lax.map(one, stacked, batch_size=together)
-        return solved
+        right, left, *keys = (jnp.concatenate(own) for own in zip(*flat, strict=True))
+        return _solve_all(leaf, right, left, *keys)
 
     both = _meshes.into((specs, specs), of_all, each)
     parts = zip(*(jnp.split(x, len(sums)) for x in both), strict=True)
@@ -143,13 +136,43 @@ def _solve(sums: Sequence[Sum]) -> list[Sum]:
     ]
 
 
-def _solve_one(leaf: _leaves.Leaf, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    right, left, *keys = arrays
-    projections = [
-        part.draw_matrix(own) if _are_keys(own) else own
-        for part, own in zip(leaf.parts, keys, strict=True)
-    ]
-    return _projection.solve(right, left, *projections)
+def _solve_all(
+    leaf: _leaves.Leaf, right: jax.Array, left: jax.Array, keys: jax.Array, across: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of matrices along the first axis, in three loops over them.
+
+    What is slow on a GPU, factoring, so is for many small matrices at once, of which there are
+    more than of their projections.
+    """
+    first, second = leaf.parts
+    k, l, n, m = (first.rank, second.rank, second.side, first.side)  # noqa: E741
+    assert k is not None and l is not None
+
+    def mix(xs: Any) -> Any:
+        right, left, across = xs
+        return _projection.mix(right, left, _drawn(second, across))
+
+    def solve(xs: Any) -> Any:
+        left, keys, *mixed = xs
+        return _projection.solve_mixed(left, _drawn(first, keys), n, *mixed)
+
+    mixed, exponents = _map(mix, (right, left, across), l * n)
+    bases = _map(_projection.orthonormal, mixed, k * (k + l))
+    both: tuple[jax.Array, jax.Array] = _map(solve, (left, keys, mixed, exponents, *bases), l * m)
+    return both
+
+
+def _map(function: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+    """Over the first axis, as many at once as there may be where one has an array of that size."""
+    count, together = len(jax.tree.leaves(arrays)[0]), max(1, _TOGETHER // (4 * size))
+    if count <= together:
+        return jax.vmap(function)(arrays)
+    return jax.lax.map(function, arrays, batch_size=together)
+
+
+def _drawn(part: _leaves.Leaf, keys: jax.Array) -> jax.Array:
+    """From the key, or seed, of one matrix; or what was drawn before."""
+    return part.draw_matrix(keys) if _are_keys(keys) else keys
 
 
 def _are_keys(array: jax.Array) -> bool:

@@ -24,8 +24,8 @@ class Source(NamedTuple):
     """What the sketch of a part of a weight is made with.
 
     Attributes:
-      keys: of all matrices of the leaf, or seeds, shape `(n, words)`; or, of a single one, its
-        projection, shape `(rank, *columns)`, float32.
+      keys: of all matrices of the leaf, or seeds, shape `(n, words)`, or in a row with those of
+        others, `(words,)`; or, of a single one, its projection, shape `(rank, *columns)`, float32.
       positions: the places at which parts were taken, as far as they are traced.
       scales: the factors by which it is multiplied.
     """

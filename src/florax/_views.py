@@ -226,6 +226,7 @@ class View:
       shape: of what the weight has become.
       sketch: the part of the sketch in view; the rank is behind its axes.
       keys: the part of the stack of keys.
+      words: of the keys, if others stand beside its own, the first and the last; None: all.
       columns: the part of the projections' columns.
       scales: what is seen of each factor.
       is_square: whether it is the square that is seen.
@@ -236,6 +237,7 @@ class View:
     sketch: Part
     keys: Part
     columns: Part
+    words: tuple[int, int] | None = None
     scales: tuple[Part, ...] = ()
     is_square: bool = False
 
@@ -301,16 +303,15 @@ class View:
 
     def layer_keys(self, keys: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
         """The keys of every position along the first axis, shape `(positions, n, words)`."""
-        own = self.keys.take(keys.reshape(*self.keys.whole, keys.shape[-1]), positions)
-        first = jnp.moveaxis(own, self.keys.order().index(0), 0)
-        return first.reshape(self.shape[0], -1, keys.shape[-1])
+        first = jnp.moveaxis(self._keys(keys, positions), self.keys.order().index(0), 0)
+        return first.reshape(self.shape[0], -1, first.shape[-1])
 
-    def with_layer_keys(self) -> "View":
-        """A layer of it, for which its own keys are the whole."""
+    def with_layer_keys(self, words: tuple[int, int]) -> "View":
+        """A layer of it, for which these are the whole."""
         shape = tuple(self.shape[axis] for axis in self.keys.order() if axis)
         own = sorted(a for a in self.keys.axes[1:] if a is not None)
         axes = (None, *(None if a is None else own.index(a) for a in self.keys.axes[1:]))
-        return dataclasses.replace(self, keys=Part(axes, shape))
+        return dataclasses.replace(self, keys=Part(axes, shape), words=words)
 
     def with_own_sketch(self) -> "View":
         """The same for a sketch of what is in view, and of no more."""
@@ -324,11 +325,19 @@ class View:
         """
         if not jnp.issubdtype(keys.dtype, jnp.integer):
             return self.columns.take(keys, positions, 1)
-        keys = self.keys.take(keys.reshape(*self.keys.whole, keys.shape[-1]), positions)
+        keys = self._keys(keys, positions)
         draw = self.leaf.draw_matrix
         for _ in range(keys.ndim - 1):
             draw = jax.vmap(draw)
         return self.columns.take(draw(keys), positions, keys.ndim)
+
+    def _keys(self, keys: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
+        """Those in view, of all of them; the words last."""
+        whole, width = self.keys.whole, keys.shape[-1]
+        if self.words is not None:
+            keys = jax.lax.slice(keys, *([word] for word in self.words))
+            width = keys.size // math.prod(whole)
+        return self.keys.take(keys.reshape(*whole, width), positions)
 
     def add(self, total: jax.Array, sketch: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
         """Add the sketch of the part in view to the whole."""

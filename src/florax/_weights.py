@@ -72,14 +72,19 @@ class Weight:
         index: jax.Array,
         array: jax.Array,
         root: jax.Array | None,
-        keys: Iterator[jax.Array],
+        keys: jax.Array | None,
+        words: Iterator[tuple[int, int]],
     ) -> "Weight":
-        """One position along the first axis, with its values, and its rows of `layer_keys`."""
+        """One position along the first axis, with its values, and of `layer_keys` a row each.
+
+        They are among `keys`, at those words.
+        """
         pieces, sources = [], []
         for piece, source in zip(self.pieces, self.sources, strict=True):
             if piece.view.leaf.rank:
-                piece = piece.moved(piece.view.with_layer_keys(), piece.offset)
-                source = source._replace(keys=next(keys))
+                assert keys is not None
+                piece = piece.moved(piece.view.with_layer_keys(next(words)), piece.offset)
+                source = source._replace(keys=keys)
             pieces.append(piece.place(0, 1, len(source.positions)).squeeze([0]))
             sources.append(source._replace(positions=(*source.positions, index)))
         return self.replace(pieces, array=array, root=root, sources=tuple(sources))
