@@ -5,10 +5,10 @@
     python benchmarks/translation.py --variants naive int8 int4 int2 40-float32 --seeds 0 1 2
 
 `naive` keeps accumulator and momentum at full size in float32, `none` neither, with an update after
-every micro-batch. The others have a momentum of rank 40, a quarter of the width, with `residual`;
-and what they accumulate in is a dtype for full size, or a rank and one: `int4` a full-size
-accumulator in 4 bits, embedding and all, `40-int8` sketches of rank 40 in 8 bits, `40-both-int8`
-of both sides in the same bytes. Where that is in integers, the momentum is in 8 bits.
+every micro-batch. What the others accumulate in is a dtype for full size, or a rank and one: `int4`
+a full-size accumulator in 4 bits, embedding and all, `40-int8` sketches of rank 40 in 8 bits,
+`40-both-int8` of both sides in the same bytes. Their momentum has the same rank, or 40, a quarter
+of the width; it is with `residual`, and in 8 bits where the accumulator is in integers.
 """
 
 import dataclasses
@@ -50,7 +50,8 @@ def measure(s: Settings, variant: str, seed: int) -> dict[str, Any]:
             "accumulator": "full" if rank is None else "both" if side == "both" else "sketch",
             "accumulator_dtype": dtype,
             "momentum_dtype": "int8" if dtype.startswith("int") else "float32",
-        } | ({} if rank is None else {"rank": rank})
+            "rank": rank or 40,
+        }
     with tempfile.TemporaryDirectory() as folder:
         own = {name: getattr(s, name) for name in ("updates", "micro_batch", "accumulate")}
         comparison = gpt2.train(gpt2.Settings(**arguments, **own, seed=seed, output=Path(folder)))

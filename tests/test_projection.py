@@ -112,6 +112,15 @@ def test_cosine_at_full_rank_is_the_identity():
     assert_allclose(again, g, atol=2 * 24 * 2**-24 * float(jnp.linalg.norm(g, axis=1).max()))
 
 
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("projection", _projection.PROJECTIONS)
+def test_a_seed_draws_what_its_key_draws(projection, size):
+    key, rank = raw_key(3), min(size, 4)
+    seed = _projection.seed(projection, key, rank, size)
+    wanted, got = (_projection.draw(projection, own, rank, (size,)) for own in (key, seed))
+    np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_a_transfer_is_a_decompression_and_a_compression(projection):
     old, new = (_projection.draw(projection, raw_key(seed), 4, (12,)) for seed in (0, 1))

@@ -304,7 +304,7 @@ def _scan(ev: Evaluator, equation: _jaxprs.Equation, values: list[Any]) -> list[
     (moved, totals), collected = jax.lax.scan(
         body,
         (moving, totals),
-        (jnp.arange(params["length"], dtype=jnp.uint32), packed, xs),
+        (jnp.arange(params["length"], dtype=jnp.int32), packed, xs),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],

@@ -43,11 +43,14 @@ def draw(projection: Projection, seed: jax.Array, rank: int, columns: tuple[int,
 def seed(projection: Projection, key: jax.Array, rank: int, size: int) -> jax.Array:
     """The key, and what is small but slow to draw, to be drawn once, outside of loops; uint32.
 
-    Of `"cosine"` the numbers of its rows, for which a permutation is sorted.
+    Of `"cosine"` the numbers of its rows, for which a permutation is sorted, and the signs of its
+    columns, a bit each: with them a draw is a single kernel.
     """
     if projection == "gaussian":
         return key
-    return jnp.concatenate([key, _rows_of_cosine(key, rank, size)])
+    bits = jnp.pad(_signs_of_cosine(key, size), (0, -size % 32)).reshape(-1, 32)
+    signs = jnp.sum(bits << jnp.arange(32, dtype=jnp.uint32), axis=1, dtype=jnp.uint32)
+    return jnp.concatenate([key, _rows_of_cosine(key, rank, size), signs])
 
 
 def _bits(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -79,14 +82,22 @@ def _rows_of_cosine(key: jax.Array, rank: int, size: int) -> jax.Array:
     return own
 
 
+def _signs_of_cosine(key: jax.Array, size: int) -> jax.Array:
+    """A bit for every column: whether it is negative."""
+    _, bits = _bits(key, (size,))
+    return bits & 1
+
+
 def _cosine(seed: jax.Array, rank: int, size: int) -> jax.Array:
     """A[i, j] = s_j √(2/m) cos(π (2j+1) k_i / 2m), and √(1/m) in place of √(2/m) where k_i = 0."""
-    key, rows = seed[:2], seed[2:]
-    if not rows.size:
-        rows = _rows_of_cosine(key, rank, size)
-    _, negative = _bits(key, (size,))
+    key, rows, packed = seed[:2], seed[2 : 2 + rank], seed[2 + rank :]
+    if rows.size:
+        bits = packed[:, None] >> jnp.arange(32, dtype=jnp.uint32)
+        negative = bits.reshape(-1)[:size] & 1
+    else:
+        rows, negative = _rows_of_cosine(key, rank, size), _signs_of_cosine(key, size)
     k, j = rows[:, None], jnp.arange(size, dtype=jnp.uint32)[None, :]
-    signs = 1 - 2 * (negative[None, :] & 1).astype(jnp.float32)
+    signs = 1 - 2 * negative[None, :].astype(jnp.float32)
 
     # (2j+1) k mod 4m without overflow: (2j+1) k overflows 32 bits from m = 33,000 on, and a float32
     # angle is wrong long before. With j = 1024 j₁ + j₀ both products stay below 2³² up to m = 2²⁰.

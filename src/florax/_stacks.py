@@ -221,7 +221,9 @@ def take(stacks: Any, index: jax.Array, axes: Any = None) -> Any:
     def of(x: jax.Array, axis: int) -> Any:
         with _meshes.in_use(x):
             own = _meshes.known_to(x, index)
-            return jax.lax.dynamic_index_in_dim(x, own, axis, keepdims=False)
+            return jax.lax.dynamic_index_in_dim(
+                x, own, axis, keepdims=False, allow_negative_indices=False
+            )
 
     axes = jax.tree.map(lambda _: 0, stacks) if axes is None else axes
     return jax.tree.map(of, stacks, axes)
@@ -233,7 +235,9 @@ def put(stacks: Any, layer: Any, index: jax.Array, axes: Any = None) -> Any:
     def into(x: jax.Array, part: jax.Array, axis: int) -> Any:
         with _meshes.in_use(x):
             own = _meshes.known_to(x, index)
-            return jax.lax.dynamic_update_index_in_dim(x, part, own, axis)
+            return jax.lax.dynamic_update_index_in_dim(
+                x, part, own, axis, allow_negative_indices=False
+            )
 
     axes = jax.tree.map(lambda _: 0, stacks) if axes is None else axes
     return jax.tree.map(into, stacks, layer, axes)

@@ -47,7 +47,9 @@ class _Step:
             first, last = self.axes
             return jax.lax.slice(array, (0,) * lead + first + (0,) * len(tail), head + last + tail)
         axis, size, number = self.axes
-        taken: jax.Array = jax.lax.dynamic_slice_in_dim(array, positions[number], size, axis + lead)
+        taken: jax.Array = jax.lax.dynamic_slice_in_dim(
+            array, positions[number], size, axis + lead, allow_negative_indices=False
+        )
         return taken
 
     def write(self, array: jax.Array, part: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
@@ -63,7 +65,7 @@ class _Step:
             )
         axis, _, number = self.axes
         updated: jax.Array = jax.lax.dynamic_update_slice_in_dim(
-            array, part, positions[number], axis
+            array, part, positions[number], axis, allow_negative_indices=False
         )
         return updated
 
@@ -112,14 +114,36 @@ class Part:
         positions: Sequence[jax.Array],
         function: Callable[[jax.Array], jax.Array],
     ) -> jax.Array:
-        """The whole, with `function` applied to what `take` gives.
+        """The whole, with `function` applied to what `take` gives."""
+        return self._update(whole, positions, lambda part: function(self._named(part, 0)))
 
-        Read, change, write back: inside a loop the whole is updated in place, a part at a time.
+    def add(self, whole: jax.Array, positions: Sequence[jax.Array], array: jax.Array) -> jax.Array:
+        """The whole, with an array like what `take` gives added to that.
+
+        In the shape that is read: were it another, XLA would copy on a GPU what it reads before it
+        writes.
+        """
+
+        def added(part: jax.Array) -> jax.Array:
+            own = _meshes.divide_as(array.astype(part.dtype), self._named(part, 0))
+            return part + own.reshape(part.shape)
+
+        return self._update(whole, positions, added)
+
+    def _update(
+        self,
+        whole: jax.Array,
+        positions: Sequence[jax.Array],
+        function: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """Read, change, write back: inside a loop the whole is updated in place, a part at a time.
+
+        What `function` is given has axes of size 1 that are none of the view's.
         """
         read = [whole]
         for step in self.steps:
             read.append(step.read(read[-1], positions, 0))
-        new = function(self._named(read[-1], 0)).reshape(read[-1].shape)
+        new = function(read[-1]).reshape(read[-1].shape)
         for step, array in zip(reversed(self.steps), reversed(read[:-1]), strict=True):
             new = step.write(array, new, positions)
         return new
@@ -341,11 +365,7 @@ class View:
 
     def add(self, total: jax.Array, sketch: jax.Array, positions: Sequence[jax.Array]) -> jax.Array:
         """Add the sketch of the part in view to the whole."""
-
-        def added(part: jax.Array) -> jax.Array:
-            return part + _meshes.divide_as(sketch.astype(part.dtype), part)
-
-        return self.sketch.update(total, positions, added)
+        return self.sketch.add(total, positions, sketch)
 
 
 def axis_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
