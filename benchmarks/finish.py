@@ -7,7 +7,6 @@ of full size.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,40 +28,44 @@ class Settings(workload.Workload):
 
 
 def measure(s: Settings) -> dict[str, Any]:
+    return timing.take_turns({name: finishing(s, name) for name in s.methods}, s.rounds)
+
+
+def finishing(s: Settings, name: str) -> Callable[[], float]:
+    """What updates once, in place, and says how many seconds it took."""
     shapes = models.parameter_shapes(s.shape, jnp.dtype(s.dtype))
+    params = models.random_parameters(shapes, jax.random.key(0))
+    if name == "full":
+        tx = florax.per_layer(optax.adafactor(LEARNING_RATE), models.is_stacked)
+        grads = jax.tree.map(jnp.copy, params)
 
-    def timed(name: str) -> Callable[[], float]:
-        params = models.random_parameters(shapes, jax.random.key(0))
-        if name == "full":
-            tx = florax.per_layer(optax.adafactor(LEARNING_RATE), models.is_stacked)
-            state, grads = jax.jit(tx.init)(params), jax.tree.map(jnp.copy, params)
+        def accumulate(params: Any, state: Any) -> Any:
+            return state
 
-            def finish(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-                updates, state = tx.update(grads, state, params)
-                return optax.apply_updates(params, updates), state
+        def finish(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+    else:
+        tx, grads = accumulation(name, s.accumulate, s.rank, s.side), None
 
-            rest = (grads,)
-            ready = lambda params, state: state  # noqa: E731
-        else:
-            tx = accumulation(name, s.accumulate, s.rank, s.side)
-            state, rest = jax.jit(tx.init)(params), ()
-            finish = functools.partial(florax.finish, tx)
-            # Zeros would be a special case.
-            accumulate = functools.partial(florax.accumulate, tx)
-            ready = jax.jit(lambda params, state: accumulate(params, state), donate_argnums=1)
-        compiled = jax.jit(finish, donate_argnums=(0, 1)).lower(params, state, *rest).compile()
-        held = [params, state]
+        def accumulate(params: Any, state: Any) -> Any:
+            return florax.accumulate(tx, params, state)  # of zeros, updating would be another thing
 
-        def seconds() -> float:
-            params, state = held
-            state = jax.block_until_ready(ready(params, state))
-            start = time.perf_counter()
-            held[:] = jax.block_until_ready(compiled(params, state, *rest))
-            return time.perf_counter() - start
+        def finish(params: Any, state: Any, grads: None) -> tuple[Any, Any]:
+            return florax.finish(tx, params, state)
 
-        return seconds
+    state = jax.jit(tx.init)(params)
+    accumulated = jax.jit(accumulate, donate_argnums=1)
+    finished = jax.jit(finish, donate_argnums=(0, 1)).lower(params, state, grads).compile()
 
-    return timing.take_turns({name: timed(name) for name in s.methods}, s.rounds)
+    def seconds() -> float:
+        nonlocal params, state
+        state = jax.block_until_ready(accumulated(params, state))
+        start = time.perf_counter()
+        params, state = jax.block_until_ready(finished(params, state, grads))
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def main(s: Settings) -> None:

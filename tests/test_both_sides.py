@@ -126,8 +126,9 @@ def again(g, a, b):
 
 
 def width_of_c(rank):
-    """Two fifths; of 40 or more the next multiple of 8."""
-    return 8 * round(rank / 20) if rank >= 40 else 2 * rank // 5
+    """Up to two fifths, a multiple of the power of two that is in the rank 8 to 15 times."""
+    unit = 2 ** max(0, math.floor(math.log2(rank / 8)))
+    return max(k for k in range(0, rank, unit) if k <= 2 * rank / 5)
 
 
 def singular(n, m, values, seed=0):

@@ -291,13 +291,15 @@ class Plan:
 def _paired(leaf: Leaf) -> Leaf:
     """A leaf of n × m, n at least m, with two sketches in the place of one of its rank.
 
-    Two fifths of the entries are those of C: the wider it is, the better the guess, and the wider
-    the other sketch, the less noise in what is added to the guess. At a half both sketches of a
-    square would be as wide, and nothing left to tell how far the guess is off. From a rank of 40 on
-    it is the next multiple of 8: accelerators multiply in tiles, and a part of one takes its time.
+    Up to two fifths of the entries are those of C: the wider it is, the better the guess, and the
+    wider the other sketch, the less noise in what is added to the guess. At a half both sketches of
+    a square would be as wide, and nothing left to tell how far the guess is off. Its rank is in
+    multiples of the power of two of which the leaf's has eight to fifteen: accelerators multiply in
+    tiles, and a part of one takes the time of all of it.
     """
     assert leaf.rank is not None
-    first = 8 * round(leaf.rank / 20) if leaf.rank >= 40 else 2 * leaf.rank // 5
+    unit = 2 ** max(0, leaf.rank.bit_length() - 4)
+    first = 2 * leaf.rank // (5 * unit) * unit
     if first < 1:
         raise ValueError(
             f"side='both' keeps two sketches in the place of one of rank {leaf.rank}, too small a "

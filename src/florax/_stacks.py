@@ -184,7 +184,6 @@ def over_layers(
     height: int,
     body: Callable[[jax.Array, Any, Any], tuple[Any, Any]],
     stacks: Any,
-    axes: Any,
     carry: Any = None,
     *,
     reverse: bool = False,
@@ -193,9 +192,8 @@ def over_layers(
 
     Args:
       height: the number of layers.
-      body: `(index, layer, carry) -> (new layer, new carry)`.
+      body: `(index, stacks, carry) -> (new stacks, new carry)` replaces that layer.
       stacks: a tree of arrays.
-      axes: the axis of the layers in each of them.
       carry: what a layer hands on to the next.
       reverse: from the last layer to the first.
 
@@ -206,8 +204,7 @@ def over_layers(
     def step(count: jax.Array, loop: Any) -> Any:
         stacks, carry = loop
         index = height - 1 - count if reverse else count
-        layer, carry = body(index, take(stacks, index, axes), carry)
-        return put(stacks, layer, index, axes), carry
+        return body(index, stacks, carry)
 
     # A loop that carries the stacks updates them in place; a scan would make new ones.
     start = jax.tree.map(_meshes.settle, (stacks, carry))

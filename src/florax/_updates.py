@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from florax import _dependencies, _jaxprs, _stacks
 
 Maker = Callable[[Any], jax.Array]
+Keeper = Callable[[int, jax.Array], jax.Array]
 
 
 class NoMap(ValueError):
@@ -58,6 +59,7 @@ class Update:
         likes: Sequence[jax.Array],
         values: Any,
         runs: jax.Array | None = None,
+        keep: Keeper = lambda number, value: value,
     ) -> None:
         """Trace `function(gradients, values)`, which returns a successor for every value.
 
@@ -67,10 +69,11 @@ class Update:
           values: a tree of what the update replaces: the leaves that the gradients are of first,
             then states.
           runs: whether the effects of the update (callbacks) happen; None: they do.
+          keep: what becomes of the successor of a value, by its number.
         """
         self._jaxpr, consts, _ = _jaxprs.trace_flat(function, list(likes), values)
         flat, self._treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, values))
-        self._count, self._runs = len(likes), runs
+        self._count, self._runs, self._keep = len(likes), runs, keep
         self._gradients = self._jaxpr.invars[: self._count]
         self._values = self._jaxpr.invars[self._count :]
         self._inputs: dict[Any, Any] = dict(zip(self._jaxpr.constvars, consts, strict=True))
@@ -81,7 +84,8 @@ class Update:
         self._given: set[int] = set()
         self._env: dict[Any, Any] = {}
         self._done: set[int] = set()  # equations
-        self._last: list[Any] = []  # the results that were computed last
+        self._kept: dict[int, Any] = {}
+        self._last: list[int] = []  # the successors that were computed last
 
     def give(self, number: int, source: Any, make: Maker = lambda gradient: gradient) -> None:
         """Give the gradient of leaf `number`, which is made from its source when it is needed.
@@ -94,31 +98,27 @@ class Update:
         ready = [i for i, needed in self._waiting.items() if needed and needed <= self._given]
         for i in ready:
             del self._waiting[i]
-        self._compute([self._jaxpr.outvars[i] for i in ready])
+        self._succeed(ready)
 
     def results(self, replaced: dict[int, jax.Array] | None = None) -> Any:
         """The successors of the values, once all gradients are given.
 
         Those that layers have `replaced` come from there.
         """
-        self._compute([self._jaxpr.outvars[i] for i in self._waiting])
+        self._succeed([*self._waiting])
         effects = [n for n, e in enumerate(self._jaxpr.eqns) if e.effects and n not in self._done]
         self._compute([var for n in effects for var in self._jaxpr.eqns[n].invars])
         self._run(n for n in effects if n not in self._done)
-        replaced = replaced or {}
-        values = [
-            replaced[i] if i in replaced else _jaxprs.read(self._env, [var])[0]
-            for i, var in enumerate(self._jaxpr.outvars)
-        ]
-        return jax.tree.unflatten(self._treedef, values)
+        kept = {**self._kept, **(replaced or {})}
+        return jax.tree.unflatten(self._treedef, [kept[i] for i in range(len(self._values))])
 
     def before(self, values: Any) -> Any:
         """`values`, to be there only when what is computed so far is."""
         # Left alone, XLA may make all gradients first, and update then.
         values, finished = jax.lax.optimization_barrier(  # type: ignore[no-untyped-call]
-            (values, _jaxprs.read(self._env, self._last))
+            (values, [self._kept[i] for i in self._last])
         )
-        self._env.update(zip(self._last, finished, strict=True))
+        self._kept.update(zip(self._last, finished, strict=True))
         return values
 
     def depends(
@@ -243,7 +243,14 @@ class Update:
         def apply(equation: _jaxprs.Equation, operands: list[Any]) -> Sequence[Any]:
             return _jaxprs.run_one_layer(equation, operands, axes[equation.outvars[0]])
 
-        def body(index: jax.Array, own: dict[int, jax.Array], carry: Any) -> Any:
+        def body(index: jax.Array, stacks: dict[int, jax.Array], carry: Any) -> Any:
+            own = _stacks.take(stacks, index, axes_of_values)
+
+            def keep(number: int, value: jax.Array) -> jax.Array:
+                i = sorted(stacks)[number]
+                stack: jax.Array = _stacks.put(stacks[i], value, index, axes_of_values[i])
+                return stack
+
             fixed = _stacks.take(sliced, index, [axes[var] for var in layers.sliced])
             frozen = _stacks.take(others, index, frozen_axes)
             leaves = [own[i] if i in own else frozen[i] for i in layers.gradients]
@@ -263,15 +270,22 @@ class Update:
                 _jaxprs.advance(env, layers.equations, apply)
                 return dict(zip(own, _jaxprs.read(env, outputs), strict=True))
 
-            update = Update(function, leaves, own, self._runs)
+            # Put where it belongs at once: on the way out a layer's would be one more copy.
+            update = Update(function, leaves, own, self._runs, keep)
             carry = give(index, update, leaves, carry)
             return update.results(), carry
 
-        return _stacks.over_layers(
-            layers.height, body, values, axes_of_values, carry, reverse=reverse
-        )
+        return _stacks.over_layers(layers.height, body, values, carry, reverse=reverse)
 
     # --- inside
+
+    def _succeed(self, numbers: Sequence[int]) -> None:
+        """Compute successors of values."""
+        outputs = [self._jaxpr.outvars[i] for i in numbers]
+        self._compute(outputs)
+        for i, value in zip(numbers, _jaxprs.read(self._env, outputs), strict=True):
+            self._kept[i] = self._keep(i, value)
+        self._last = [*numbers] or self._last
 
     def _compute(self, results: Sequence[Any]) -> None:
         results = [var for var in results if not isinstance(var, _jaxprs.Literal)]
@@ -283,7 +297,6 @@ class Update:
         for var, value in zip(fresh, values, strict=True):
             self._env[var] = self._makers[var](value) if var in self._makers else value
         self._run(number for number in numbers if number not in self._done)
-        self._last = results
 
     def _run(self, numbers: Iterable[int]) -> None:
         for number in numbers:
