@@ -42,7 +42,7 @@ class Settings(settings.Training):
     beams: int = 1  # of the search for a translation; 1 is greedy
     scored: int = 1000  # test pairs that are translated, at most
 
-    updates: int = 1500  # of the optimizer; of the default data, a little more than two epochs
+    updates: int = 1100  # of the optimizer; of the default data, 1.6 epochs
     accumulate: int = 4  # micro-batches an update
     rank: int = 80  # of the sketches or adapters; 80 is half of the tiny model's width
     resample_every: int = 100  # updates that share a projection of the momentum

@@ -33,7 +33,13 @@ def table(folder: Path) -> str:
         return [figure("memory", settings | {"method": m}, take) for m in methods]
 
     def micro_step(benchmark: str, settings: dict[str, Any], florax: str = "sketched") -> list[Any]:
-        return [None, 1, None, figure(benchmark, settings, lambda r: r["ratio"].get(florax))]
+        return [None, 1, None, times(benchmark, settings, "ratio")(florax)]
+
+    def times(benchmark: str, settings: dict[str, Any], kind: str) -> Callable[[str], Any]:
+        """By method, from the newest row that has it: not every one takes turns with all others."""
+        rows = results.read(folder, benchmark)
+        own = [r for r in rows if settings.items() <= r["settings"].items() and kind in r]
+        return {method: x for r in own for method, x in r[kind].items()}.get
 
     def flora_opt(take: Callable[[Row], Any]) -> Any:
         return figure("peers", XL32 | {"method": "flora-opt"}, take)
@@ -45,6 +51,7 @@ def table(folder: Path) -> str:
         figure("momentum", MOMENTUM, lambda r, name=name: r["milliseconds"][name])
         for name in ("optax.ema", "gaussian")
     )
+    finish = times("finish", XL32, "milliseconds")
     reduced = figure("allreduce", {}, lambda r: r["sketched_bytes"] / r["dense_bytes"])
     rows = [
         ("GPT-2-XL, float32, 1×512: beyond", *memory(XL32, beyond)),
@@ -54,6 +61,11 @@ def table(folder: Path) -> str:
         ("  momentum alone, ms an update", None, ema, None, flora_momentum),
         ("  sketches in 8 bits: beyond", *memory(XL32, beyond, "sketched-int8")),
         ("    micro-step ÷ full", *micro_step("speed", XL32, "sketched-int8")),
+        ("  both sides: beyond", *memory(XL32, beyond, "both")),
+        ("    micro-step ÷ full", *micro_step("speed", XL32, "both")),
+        ("    an update without micro-batches, ms", None, finish("full"), None, finish("both")),
+        ("  both sides in 8 bits: beyond", *memory(XL32, beyond, "both-int8")),
+        ("    micro-step ÷ full", *micro_step("speed", XL32, "both-int8")),
         ("  full size in 8 bits: beyond", *memory(XL32, beyond, "whole-int8")),
         ("    micro-step ÷ full", *micro_step("speed", XL32, "whole-int8")),
         ("  full size in 4 bits: beyond", *memory(XL32, beyond, "whole-int4")),

@@ -106,24 +106,33 @@ def frontier(rows: list[Row]) -> str:
 
 def translation(rows: list[Row]) -> str:
     """The means of the seeds; bytes against those of the parameters."""
+    return _scores(rows, "BLEU")
+
+
+def summarization(rows: list[Row]) -> str:
+    """The same."""
+    return _scores(rows, "rougeL")
+
+
+def _scores(rows: list[Row], score: str) -> str:
     rows, failures = _split(rows)
     variants: dict[str, list[Row]] = {}
     for r in rows:
         variants.setdefault(r["settings"]["variant"], []).append(r)
     cells = []
     for variant, own in variants.items():
-        bleus = [r["BLEU"] for r in own]
+        scores = [r[score] for r in own]
         shares = [
             own[0][f"{n}_bytes"] / own[0]["parameter_bytes"] for n in ("accumulator", "optimizer")
         ]
         loss = statistics.mean(r["test_loss"] for r in own)
         figures = [
             f"{loss:.3f}",
-            f"{statistics.mean(bleus):.1f}",
-            f"{min(bleus):.1f} to {max(bleus):.1f}",
+            f"{statistics.mean(scores):.1f}",
+            f"{min(scores):.1f} to {max(scores):.1f}",
         ]
         cells.append([variant, *(f"{x:.3f}" for x in shares), *figures, str(len(own))])
-    header = ["variant", "accumulator", "other state", "test loss", "BLEU", "", "seeds"]
+    header = ["variant", "accumulator", "other state", "test loss", score, "", "seeds"]
     return failures + table(header, cells)
 
 
@@ -143,6 +152,7 @@ OF = {
     "compile_time": compile_time,
     "frontier": frontier,
     "translation": translation,
+    "summarization": summarization,
 }
 
 

@@ -96,11 +96,12 @@ def flora_accumulate(
         code) or the `"larger"` one (min(n, m)·r: fewer bytes at equal rank, and more noise); or
         `"both"`, with `projection="cosine"` and a rank of 3 or more: two sketches, of as many
         entries together as the one of `"smaller"` (in 4 bits scales add up to a quarter of its
-        bytes where rows are short), two fifths of them in G Aᵀ of 2r/5 columns, the rest in B G.
-        What the base optimizer sees is right on average, to a tenth; its part in A's row space is
-        exact, and all of it if the rank of the mean gradient is below 2r/5. Where singular values
-        fall like 1/i, its error at 256 × 256 and r = 64 is below half of that of an unbiased sketch
-        of one side; of matrices of a few dozen, or below a rank of 10, it may be larger. A small
+        bytes where rows are short), up to two fifths of them in G Aᵀ, the rest in B G. What the
+        base optimizer sees is right on average, to a tenth; its part in A's row space is exact, and
+        all of it if the rank of the mean gradient is below that of A, which `state_report` shows.
+        Where singular values fall like 1/i, its error at 256 × 256 and r = 64 is below half of that
+        of an unbiased sketch of one side; of matrices of a few dozen, or below a rank of 10, it may
+        be larger. A small
         system of equations is solved for every matrix, once a cycle, and sketches that are born
         take fewer operations than the gradient at small ranks only: while (n + m) (k + l) < n m.
       dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
@@ -110,10 +111,9 @@ def flora_accumulate(
         `jnp.int2`) keep sketches and dense leaves alike in so many bits, and a float32 scale for
         every 33 to 64 entries, rounded stochastically at every micro-step. Of the bytes of a
         full-size float32 accumulator take for about a quarter full size (`rank` a function that
-        gives None) in 8 bits; for an eighth the same in 4; for a sixteenth in 2, if an update has
-        few micro-batches, or sketches of half of the width in 4; and for 1/32 sketches of a quarter
-        of the width in 4: the README says what each costs. Sketches are faster, peak lower, and
-        can be summed over devices.
+        gives None) in 8 bits, for an eighth the same in 4; and for less sketches of both sides in
+        4 bits, of half of the width for a sixteenth, of a quarter for 1/32: the README says what
+        each costs. Sketches peak lower, and in floats can be summed over devices.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `FloraAccumulateState`. A
