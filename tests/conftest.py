@@ -1,7 +1,15 @@
-"""Eight host devices; compiled programs are freed after each module."""
+"""Eight host devices; compiled programs are freed after each module, and kept for the next run."""
 
 import os
+from pathlib import Path
 
+# What compiled before does not compile again, in another process or another run: most of the time
+# that the tests take. `pytest --cache-clear` forgets it.
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 # XLA reads its flags when JAX is first used.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -130,7 +130,7 @@ def large(updates, gradient_step, params):
     return optax.skip_large_updates(updates, gradient_step, params, max_squared_norm=50.0)
 
 
-@pytest.mark.parametrize("skip", [None, large])
+@pytest.mark.parametrize("skip", [pytest.param(None, marks=pytest.mark.slow), large])
 @pytest.mark.parametrize("every", SCHEDULES)
 @pytest.mark.parametrize("base", BASES)
 def test_dense_leaves_are_bit_equal_to_multisteps(base, every, skip):
@@ -161,7 +161,9 @@ def test_dense_leaves_are_bit_equal_to_multisteps(base, every, skip):
 
 @pytest.mark.parametrize("use_grad_mean", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("accumulator_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "accumulator_dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
+)
 def test_dense_leaves_are_bit_equal_in_every_dtype(use_grad_mean, dtype, accumulator_dtype):
     settings = dict(
         every_k_schedule=3, use_grad_mean=use_grad_mean, accumulator_dtype=accumulator_dtype

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_array_equal
 
 import florax
-from florax import _projection, _sketches
+from florax import _projection, _sketches, _sums
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -320,6 +320,24 @@ def test_whatever_its_axes_a_leaf_of_low_rank_is_recovered(shape, axes):
 
 
 # --- the two sketches of a state
+
+
+@pytest.mark.parametrize("together", [by_night(1), 2, by_night(4)])
+def test_how_many_matrices_are_solved_for_at_once_makes_no_difference(monkeypatch, together):
+    """Five in a stack, and one by itself that is like them: loops with a rest, and without."""
+    tx = accumulate(
+        every_k_schedule=1, dimension_numbers=lambda path, leaf: STACK if leaf.ndim == 3 else None
+    )
+    keys = jax.random.split(jax.random.key(5))
+    grads = {
+        "layers": jax.random.normal(keys[0], (5, 20, 12)),
+        "single": jax.random.normal(keys[1], (20, 12)),
+    }
+    wanted, _ = tx.update(grads, tx.init(grads))
+    monkeypatch.setattr(_sums, "_TOGETHER", 4 * together * 8 * 12)  # bytes of R, and of B nearly
+    got, _ = tx.update(grads, tx.init(grads))
+    # The same operations, in the order of other kernels: of 20 products of entries below 10.
+    chex.assert_trees_all_close(got, wanted, rtol=0, atol=20 * 10 * 2**-20)
 
 
 def test_both_projections_of_a_square_matrix_are_independent():

@@ -102,6 +102,7 @@ def comparison(small, tmp_path_factory):
     return output, *results_of(process)
 
 
+@pytest.mark.slow
 def test_script_shows_progress_translations_and_a_table(comparison):
     _, out, err, _ = comparison
     for method in METHODS:
@@ -121,6 +122,7 @@ def test_script_shows_progress_translations_and_a_table(comparison):
     assert len({len(line) for line in table}) == 1
 
 
+@pytest.mark.slow
 def test_script_writes_its_results_and_a_plot(comparison):
     output, _, _, results = comparison
     assert json.loads((output / "results.json").read_text()) == results
@@ -130,6 +132,7 @@ def test_script_writes_its_results_and_a_plot(comparison):
         assert list((output / method / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_script_measures_memory_and_learns(comparison):
     *_, results = comparison
     assert [run["method"] for run in results["runs"]] == METHODS

@@ -127,6 +127,7 @@ def test_a_resumed_run_ends_with_the_same_bits(changes, tmp_path, monkeypatch):
     assert not (tmp_path / "parts" / parts.method / "checkpoint").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -103,6 +103,7 @@ def test_presets_have_the_published_numbers_of_parameters(name, parameters):
     assert total + (PRESETS[name].n_layer - 1) * layer == parameters
 
 
+@pytest.mark.slow
 def test_initial_weights_are_gpt2s():
     config = GPT2Config(vocab_size=500, n_positions=400, n_embd=128, n_layer=2, n_head=4)
     model = build(dataclasses.replace(config, tie_word_embeddings=False))
@@ -181,6 +182,7 @@ def test_what_has_no_positions_is_refused(model):
 # The equations.
 
 
+@pytest.mark.slow
 def test_tied_head_is_the_embedding_and_another_is_not(model, untied, ids):
     assert not hasattr(model, "lm_head")
     for own, head in ((model, model.wte.embedding[...].T), (untied, untied.lm_head.kernel[...])):
@@ -204,6 +206,7 @@ def test_no_token_sees_a_later_one(model, ids):
     assert (difference[6:] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("cached", [True, False])
 def test_padding_changes_nothing(model, ids, left, cached):
@@ -244,6 +247,7 @@ def test_greedy_with_a_cache_equals_the_whole_forward_pass_for_every_token(model
 # Stacks, checkpoints, dtypes.
 
 
+@pytest.mark.slow
 def test_stacked_blocks_give_the_same_logits_and_the_same_translations(model, ids):
     stacked = in_form(model, stacked=True)
     assert stacked.h.attn.c_attn.kernel.shape == (TINY.n_layer, 16, 48)
@@ -300,6 +304,7 @@ def test_stacked_and_checkpointed_models_have_the_same_values_and_gradients(mode
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_checkpointed_blocks_keep_only_what_enters_them(model, stacked):
     def kept(checkpoint):
@@ -319,6 +324,7 @@ def test_checkpointed_blocks_keep_only_what_enters_them(model, stacked):
     assert (*layers, 3, 7, 16) in kept(True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tied", "stacked", "kept"), [(True, True, jnp.float32), (False, False, jnp.bfloat16)]
 )

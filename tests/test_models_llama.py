@@ -119,6 +119,7 @@ def test_presets_cover_the_sizes_of_c4_and_a_pretrained_model():
     assert PRESETS["7b"] == dataclasses.replace(LlamaConfig(), bos_token_id=0, eos_token_id=1)
 
 
+@pytest.mark.slow
 def test_initial_weights_are_normal():
     config = dataclasses.replace(TINY, hidden_size=160, num_hidden_layers=1, initializer_range=0.02)
 
@@ -262,6 +263,7 @@ def test_llama3_slows_long_wavelengths_down():
     np.testing.assert_allclose(ratio[between], (1 - smooth) / 8 + smooth, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_distances_between_positions_matter(model, ids):
     shifted = jnp.broadcast_to(jnp.arange(9) + 11, ids.shape)
     # Rounding of angles up to 20, through three layers.
@@ -305,6 +307,7 @@ def test_logits_are_those_of_the_equations(model, ids):
     np.testing.assert_allclose(forward(model, ids)[0], expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_tied_head_is_the_embedding(ids):
     model = build(dataclasses.replace(TINY, tie_word_embeddings=True))
     assert not hasattr(model, "lm_head")
@@ -406,6 +409,7 @@ def test_unstacking_undoes_stacking(model):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(other), nnx.state(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stacked", "kept"), [(False, jnp.float32), (True, jnp.bfloat16)])
 def test_bfloat16_computes_alike_and_gives_logits_in_float32(model, ids, stacked, kept):
     dtypes = {"dtype": jnp.bfloat16, "param_dtype": kept}
@@ -489,6 +493,7 @@ def test_old_config_files_describe_the_same_model(name):
     assert dataclasses.replace(old, **resolved) == new
 
 
+@pytest.mark.slow
 @needs_data
 def test_trained_model_tells_its_story():
     sentencepiece = pytest.importorskip("sentencepiece")

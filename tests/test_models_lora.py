@@ -72,6 +72,7 @@ def test_new_adapters_change_nothing(plain, ids, form):
     np.testing.assert_allclose(forward(adapt(plain, form), ids), expected, atol=4e-6)
 
 
+@pytest.mark.slow
 @FORMS
 def test_a_is_drawn_for_each_layer_as_kaiming_does_and_b_is_zero(plain, form):
     for path, param in flat(adapt(plain, form), nnx.LoRAParam).items():
@@ -85,6 +86,7 @@ def test_a_is_drawn_for_each_layer_as_kaiming_does_and_b_is_zero(plain, form):
         assert abs(variance * inputs / 2 - 1) < 5 * (0.8 / layers.size) ** 0.5
 
 
+@pytest.mark.slow
 @FORMS
 def test_merged_weights_compute_what_the_adapted_did(plain, ids, form):
     adapted = with_random_b(adapt(plain, form))
@@ -148,6 +150,7 @@ def test_all_but_the_adapted_kernels_is_trained(plain, form, freeze_a):
     assert count(params) == count(nnx.state(plain)) - kernels + b + a * (not freeze_a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "checkpoint"), [("list", False), ("stacked after", True), ("stacked before", False)]
 )
@@ -173,6 +176,7 @@ def test_a_step_leaves_the_adapted_kernels_alone(plain, ids, form, checkpoint):
         assert (param[...] == before[path][...]).all() == frozen, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "checkpoint"), [("list", False), ("stacked after", True)])
 def test_adapters_compute_in_the_dtype_of_their_layer(plain, ids, form, checkpoint):
     adapted = with_random_b(adapt(plain, form, dtype=jnp.bfloat16, checkpoint=checkpoint))

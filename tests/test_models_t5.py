@@ -156,6 +156,7 @@ def test_presets_have_as_many_parameters_as_the_published_models(name, count):
     assert size(1) + (config.num_layers - 1) * (size(2) - size(1)) == count
 
 
+@pytest.mark.slow
 def test_initial_weights_are_t5s():
     config = T5Config(vocab_size=300, d_model=64, d_kv=32, d_ff=256, num_layers=1, num_heads=4)
     config = dataclasses.replace(config, tie_word_embeddings=False, initializer_factor=0.5)
@@ -336,6 +337,7 @@ def plain_logits(model, ids, decoder_ids):
     return linear("shared" if config.tie_word_embeddings else "lm_head", x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TINY, GATED], ids=["tied", "gated"])
 def test_logits_are_those_of_a_plain_program(batch, config):
     model = random_model(config)
@@ -359,6 +361,7 @@ def test_the_encoder_sees_all_and_the_decoder_no_later_token(model, batch):
     assert (change(ids=batch.ids.at[0, 6].add(1)) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logits_of", [logits_of, cached_logits_of])
 def test_padding_changes_nothing_on_either_side(model, batch, logits_of):
     def check(other):
@@ -413,6 +416,7 @@ def test_unstacking_undoes_stacking(model):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(other), nnx.state(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True])
 def test_checkpointing_keeps_only_what_enters_the_blocks(model, batch, stacked):
     def kept(checkpoint):
@@ -468,6 +472,7 @@ def write(search, model, ids, mask, new_tokens, **options):
     )
 
 
+@pytest.mark.slow
 def test_greedy_with_a_cache_equals_the_whole_forward_pass_for_every_token(model, batch):
     search = functools.partial(write, greedy, new_tokens=12, eos=None)
     written = apply(search, variant(model, stacked=True), batch.ids, batch.mask)
@@ -477,6 +482,7 @@ def test_greedy_with_a_cache_equals_the_whole_forward_pass_for_every_token(model
     assert len(jnp.unique(written)) > 3
 
 
+@pytest.mark.slow
 def test_beams_that_share_an_encoded_text_write_as_if_each_had_its_own(model, batch):
     def search(model, ids):
         def with_axes(axes):

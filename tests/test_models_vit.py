@@ -103,6 +103,7 @@ def test_configs_of_transformers_4_and_5_are_read_alike():
 # Other labels.
 
 
+@pytest.mark.slow
 def test_other_labels_get_a_new_classifier(model, tmp_path):
     checkpoints.save(model, tmp_path / "saved")
     config = dataclasses.replace(TINY, num_labels=3, id2label=("cat", "dog", "ox"))
@@ -229,6 +230,7 @@ def test_florax_compresses_attention_and_feed_forward_matrices_only(model, stack
     assert chosen == {f"{layer}/{matrix}/kernel" for layer in layers for matrix in matrices}
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_nearly_the_same(model, pixels):
     expected = nnx.jit(ViT.__call__)(model, pixels)
     for options in ({"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}):
@@ -240,6 +242,7 @@ def test_bfloat16_computes_nearly_the_same(model, pixels):
         assert jnp.linalg.norm(logits - expected) < 0.1 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_an_image_is_seen_through_all_its_patches(model, pixels):
     @nnx.jit
     def gradient(model, pixels):

@@ -16,6 +16,12 @@ from numpy.testing import assert_allclose
 import florax
 from florax import _projection
 
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """These tests are about values, not about speed."""
+
+
 VARIANTS = {
     "gaussian": dict(projection="gaussian"),
     "gaussian, nesterov": dict(projection="gaussian", nesterov=True),

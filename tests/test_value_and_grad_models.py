@@ -164,10 +164,10 @@ NNX = [
     pytest.param(nnx_linear_general, marks=pytest.mark.slow),
     nnx_attention,
     pytest.param(nnx_convolution, marks=pytest.mark.slow),
-    nnx_tied_head,
+    pytest.param(nnx_tied_head, marks=pytest.mark.slow),
     pytest.param(nnx_scan, marks=pytest.mark.slow),
     nnx_scan_of_remat,
-    nnx_jit_and_remat,
+    pytest.param(nnx_jit_and_remat, marks=pytest.mark.slow),
     nnx_dropout_and_batch_norm,
 ]
 
@@ -277,7 +277,7 @@ def linen_scan_of_remat(linen):
 
 LINEN = [
     linen_attention,
-    linen_tied_head,
+    pytest.param(linen_tied_head, marks=pytest.mark.slow),
     linen_scan_of_remat,
     pytest.param(linen_dense, marks=pytest.mark.slow),
     pytest.param(linen_scan, marks=pytest.mark.slow),

@@ -97,7 +97,7 @@ BASES = {
 }
 
 
-SLOW_BASES = {"sgd", "adam", "flora", "per layer: adam", "per layer: adafactor"}
+SLOW_BASES = {"sgd", "adam", "flora", "per layer: adam", "per layer: adafactor", "adafactor"}
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,9 @@ def test_a_bfloat16_accumulator_is_rounded_at_every_micro_batch():
 
 # Of a weight met in every way that a loop over layers can, and of others.
 BY_DAY = {
-    ("a_scan_over_layers", False, "int4"),
     ("a_scan_over_layers", True, "int8"),
     ("a_scan_of_a_checkpoint", False, "int8"),
     ("a_tied_weight", False, "int4"),
-    ("a_scan_over_layers_of_experts", False, "int4"),
-    ("layers_taken_by_number", True, "int8"),
 }
 
 

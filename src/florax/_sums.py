@@ -141,8 +141,8 @@ def _solve_all(
 ) -> tuple[jax.Array, jax.Array]:
     """Of matrices along the first axis, in three loops over them.
 
-    What is slow on a GPU, factoring, so is for many small matrices at once, of which there are
-    more than of their projections.
+    Factoring small matrices is slow on a GPU unless there are many of them: all B C, which are
+    small, come first, and are factored together.
     """
     first, second = leaf.parts
     k, l, n, m = (first.rank, second.rank, second.side, first.side)  # noqa: E741
