@@ -184,7 +184,10 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("save_and_restore", [with_pickle, with_orbax, with_flax, with_savez])
+@pytest.mark.parametrize(
+    "save_and_restore",
+    [pytest.param(with_pickle, marks=pytest.mark.slow), with_orbax, with_flax, with_savez],
+)
 @pytest.mark.parametrize(
     "tx",
     [

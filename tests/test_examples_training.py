@@ -144,6 +144,7 @@ def test_a_run_goes_on_with_its_own_settings_only(changes, message, tmp_path, mo
         train(dataclasses.replace(s, **{"resume": True} | changes))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     s = settings(tmp_path, method="none", accumulate=1, resume=True)
     first = train(s)

@@ -208,7 +208,7 @@ def used_in_any_way(params, x):
 
 
 USED = {"adam": optax.adam(0.1, eps=0.1)} | {k: TRANSFORMATIONS[k] for k in ("adafactor", "sgd")}
-BY_DAY = [("adam", False, False), ("adafactor", False, True)]
+BY_DAY = [("adam", False, True)]
 
 
 @pytest.mark.parametrize(

@@ -487,7 +487,7 @@ GOLDEN = {
 GOLDEN_NOISE = [0.3915824294090271, 0.09558713436126709, 0.11142581701278687, 0.2482842206954956]
 
 
-@pytest.mark.parametrize("partitionable", [True, False])
+@pytest.mark.parametrize("partitionable", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("projection", ["gaussian", "cosine"])
 def test_flags_of_jax_do_not_change_them(projection, partitionable):
     sketch = momentum(projection=projection).init(PARAMS).sketch

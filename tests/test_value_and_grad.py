@@ -455,7 +455,7 @@ def test_it_may_be_mapped_over_models(name):
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", some(["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"], {"a_tied_weight"})
 )

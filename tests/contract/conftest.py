@@ -76,7 +76,7 @@ def quickly(compile_quickly):
 SLOW = {
     *("accumulate_adafactor", "accumulate_sgd_sum", "accumulate_both_sides", "masked", "momentum"),
     *("per_layer_accumulate", "per_layer_adam", "flora", "accumulate_adam_cosine"),
-    "accumulate_adafactor_momentum",
+    *("accumulate_adafactor_momentum", "momentum_cosine_residual_nesterov"),
 }
 
 
