@@ -101,9 +101,9 @@ def flora_accumulate(
         all of it if the rank of the mean gradient is below that of A, which `state_report` shows.
         Where singular values fall like 1/i, its error at 256 × 256 and r = 64 is below half of that
         of an unbiased sketch of one side; of matrices of a few dozen, or below a rank of 10, it may
-        be larger. A small
-        system of equations is solved for every matrix, once a cycle, and sketches that are born
-        take fewer operations than the gradient at small ranks only: while (n + m) (k + l) < n m.
+        be larger. A small system of equations is solved for every matrix, once a cycle, and
+        sketches that are born take fewer operations than the gradient at small ranks only: while
+        (n + m) (k + l) < n m.
       dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
         `FloraDimensionNumbers`. None: a leaf of two axes is a matrix; others are kept dense.
       accumulator_dtype: dtype of the accumulator; None: float32, or the parameter's if wider.

@@ -149,12 +149,29 @@ def decompress(sketch: jax.Array, projection: jax.Array, columns_first: bool = F
     return jnp.tensordot(sketch, projection, axes=1)
 
 
+def mix(right: jax.Array, left: jax.Array, across: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """B C, `(l, k)`, of sketches divided by a power of two, and its exponent: see `solve`.
+
+    Powers of two change no digit, and keep squares within what float32 has.
+    """
+    dtype = jnp.promote_types(right.dtype, jnp.float32)
+    largest = jnp.maximum(jnp.max(jnp.abs(right)), jnp.max(jnp.abs(left)))
+    _, exponent = jnp.frexp(largest.astype(dtype))
+    c = jnp.ldexp(right.astype(dtype).reshape(-1, right.shape[-1]), -exponent)
+    return _exactly(across.astype(dtype).reshape(len(across), -1), c), exponent
+
+
 def solve(
-    right: jax.Array, left: jax.Array, projection: jax.Array, across: jax.Array
+    left: jax.Array,
+    projection: jax.Array,
+    rows: int,
+    mixed: jax.Array,
+    exponent: jax.Array,
+    basis: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     """What turns the sketches of both sides of a matrix back into it: nearly unbiased.
 
-    Of G, n × m, `right` is C = G Aᵀ, `(*rows, k)`, and `left` is (B G)ᵀ, `(*columns, l)`, where the
+    Of G, n × m, the sketches are C = G Aᵀ, `(*rows, k)`, and (B G)ᵀ, `(*columns, l)`, where the
     rows of A, `(k, *columns)`, and of B, `(l, *rows)`, are orthonormal, and l > k. G is guessed in
     the columns of C, and what the guess leaves of R = B G is enlarged and added:
 
@@ -170,6 +187,14 @@ def solve(
     G̃ Aᵀ = C: what is in A's row space is exact. All of G is, up to rounding, if its rank is below
     k, or if it is k and C has its rank.
 
+    Args:
+      left: (B G)ᵀ.
+      projection: A.
+      rows: n.
+      mixed: B C, what `mix` makes of both sketches and B, which are needed no more.
+      exponent: of it.
+      basis: what `orthonormal` makes of `mixed`.
+
     Returns:
       A + Y, `(k, *columns)`, and Z, `(l, *columns)`: G̃ = [C, Bᵀ] [A + Y; Z].
 
@@ -178,34 +203,7 @@ def solve(
     (arXiv:1609.00048); d: Golub, Heath and Wahba, "Generalized cross-validation as a method for
     choosing a good ridge parameter", 1979.
     """
-    mixed, exponent = mix(right, left, across)
-    rows = math.prod(right.shape[:-1])
-    return solve_mixed(left, projection, rows, mixed, exponent, *orthonormal(mixed))
-
-
-def mix(right: jax.Array, left: jax.Array, across: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """B C, `(l, k)`, of sketches divided by a power of two; and its exponent.
-
-    Powers of two change no digit, and keep squares within what float32 has.
-    """
-    dtype = jnp.promote_types(right.dtype, jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(right)), jnp.max(jnp.abs(left)))
-    _, exponent = jnp.frexp(largest.astype(dtype))
-    c = jnp.ldexp(right.astype(dtype).reshape(-1, right.shape[-1]), -exponent)
-    return _exactly(across.astype(dtype).reshape(len(across), -1), c), exponent
-
-
-def solve_mixed(
-    left: jax.Array,
-    projection: jax.Array,
-    rows: int,
-    mixed: jax.Array,
-    exponent: jax.Array,
-    p: jax.Array,
-    s: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """`solve` from where B C = `mixed` is known, and `orthonormal` of it."""
-    columns, (l, k) = left.shape[:-1], mixed.shape  # noqa: E741
+    columns, (l, k), (p, s) = left.shape[:-1], mixed.shape, basis  # noqa: E741
     a = projection.astype(mixed.dtype).reshape(k, -1)
     r = jnp.ldexp(left.astype(mixed.dtype).reshape(-1, l).T, -exponent)
 

@@ -154,11 +154,11 @@ def _solve_all(
 
     def solve(xs: Any) -> Any:
         left, keys, *mixed = xs
-        return _projection.solve_mixed(left, _drawn(first, keys), n, *mixed)
+        return _projection.solve(left, _drawn(first, keys), n, *mixed)
 
     mixed, exponents = _map(mix, (right, left, across), l * n)
     bases = _map(_projection.orthonormal, mixed, k * (k + l))
-    both: tuple[jax.Array, jax.Array] = _map(solve, (left, keys, mixed, exponents, *bases), l * m)
+    both: tuple[jax.Array, jax.Array] = _map(solve, (left, keys, mixed, exponents, bases), l * m)
     return both
 
 

@@ -237,6 +237,7 @@ class Update:
         values = {i: self._inputs[self._values[i]] for i in layers.replaced}
         others = {i: self._inputs[self._values[i]] for i in layers.gradients if i not in values}
         outputs = [self._jaxpr.outvars[i] for i in layers.replaced]
+        numbers = sorted(values)  # in which order a layer's `Update` has them
         axes_of_values = {i: axes[self._values[i]] for i in (*values, *others)}
         frozen_axes = {i: axes_of_values.pop(i) for i in others}
 
@@ -247,7 +248,7 @@ class Update:
             own = _stacks.take(stacks, index, axes_of_values)
 
             def keep(number: int, value: jax.Array) -> jax.Array:
-                i = sorted(stacks)[number]
+                i = numbers[number]
                 stack: jax.Array = _stacks.put(stacks[i], value, index, axes_of_values[i])
                 return stack
 

@@ -250,7 +250,7 @@ class View:
       shape: of what the weight has become.
       sketch: the part of the sketch in view; the rank is behind its axes.
       keys: the part of the stack of keys.
-      words: of the keys, if others stand beside its own, the first and the last; None: all.
+      words: where its own begin and end, if the words of the keys are in a row with others'.
       columns: the part of the projections' columns.
       scales: what is seen of each factor.
       is_square: whether it is the square that is seen.
@@ -359,7 +359,7 @@ class View:
         """Those in view, of all of them; the words last."""
         whole, width = self.keys.whole, keys.shape[-1]
         if self.words is not None:
-            keys = jax.lax.slice(keys, *([word] for word in self.words))
+            keys = jax.lax.slice_in_dim(keys, *self.words)
             width = keys.size // math.prod(whole)
         return self.keys.take(keys.reshape(*whole, width), positions)
 
