@@ -59,6 +59,11 @@ class Variant(NamedTuple):
     side: str
     dtype: str
 
+    def settings(self) -> dict[str, Any]:
+        """Those of the examples' accumulator."""
+        kind = "full" if self.rank is None else "both" if self.side == "both" else "sketch"
+        return {"method": "flora", "accumulator": kind, "accumulator_dtype": self.dtype}
+
 
 def parse(variant: str) -> Variant | None:
     """What a variant accumulates in; None for nothing."""

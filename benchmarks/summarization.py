@@ -44,8 +44,11 @@ class Settings:
 
     def __post_init__(self):
         for variant in self.variants:
-            if variant != "naive" and (frontier.parse(variant) or (None,))[0] is None:
-                raise ValueError(f"variants are naive, or have a rank as 144-both-int4: {variant}")
+            parsed = None if variant == "naive" else frontier.parse(variant)
+            if variant != "naive" and (parsed is None or parsed.rank is None):
+                raise ValueError(
+                    f"variants are naive, or a rank and a dtype as 144-both-int4, got {variant}"
+                )
 
     def identity(self) -> dict[str, Any]:
         """What is the same for all variants and seeds, and identifies a row."""
@@ -57,14 +60,9 @@ class Settings:
 def measure(s: Settings, variant: str, seed: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"method": "naive"}
     if variant != "naive":
-        rank, side, dtype = frontier.parse(variant)
-        arguments = {
-            "method": "flora",
-            "rank": rank,
-            "accumulator": "both" if side == "both" else "sketch",
-            "accumulator_dtype": dtype,
-            "momentum_dtype": s.momentum_dtype,
-        }
+        parsed = frontier.parse(variant)
+        momentum = {"momentum_dtype": s.momentum_dtype, "rank": parsed.rank}
+        arguments = parsed.settings() | momentum
     with tempfile.TemporaryDirectory() as folder:
         comparison = llama.train(
             llama.Settings(

@@ -44,14 +44,9 @@ class Settings:
 def measure(s: Settings, variant: str, seed: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {"method": variant}
     if variant not in ("naive", "none"):
-        rank, side, dtype = frontier.parse(variant)
-        arguments = {
-            "method": "flora",
-            "accumulator": "full" if rank is None else "both" if side == "both" else "sketch",
-            "accumulator_dtype": dtype,
-            "momentum_dtype": "int8" if dtype.startswith("int") else "float32",
-            "rank": rank or 40,
-        }
+        parsed = frontier.parse(variant)
+        momentum = "int8" if parsed.dtype.startswith("int") else "float32"
+        arguments = parsed.settings() | {"momentum_dtype": momentum, "rank": parsed.rank or 40}
     with tempfile.TemporaryDirectory() as folder:
         own = {name: getattr(s, name) for name in ("updates", "micro_batch", "accumulate")}
         comparison = gpt2.train(gpt2.Settings(**arguments, **own, seed=seed, output=Path(folder)))

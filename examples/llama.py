@@ -192,7 +192,8 @@ def join(
     }
 
 
-def main(s: Settings) -> None:
+def train(s: Settings) -> training.Comparison:
+    """Train by every method that the settings ask for, and show some of what comes out."""
     config = load_config(s, Llama, PRESETS | {"tiny": TINY})
     check_room(config, length=s.length)
     has_pairs = datasets.has_pairs(s.data)
@@ -230,9 +231,13 @@ def main(s: Settings) -> None:
         report.print_sample(shorten(prompt.text), {k: shorten(text) for k, text in texts.items()})
     if before:
         print("\nbefore training:", ", ".join(f"{k} {v:.3f}" for k, v in before.items()))
-    names = ["perplexity", *(metrics.ROUGE if has_pairs else ())]
-    title = "Language modelling"
-    report.conclude(s, runs, compared.curves, title=title, unit="token", scores=names)
+    return compared._replace(runs=runs)
+
+
+def main(s: Settings) -> None:
+    runs, curves, _ = train(s)
+    names = ["perplexity", *(metrics.ROUGE if datasets.has_pairs(s.data) else ())]
+    report.conclude(s, runs, curves, title="Language modelling", unit="token", scores=names)
 
 
 def shorten(text: str) -> str:

@@ -158,7 +158,8 @@ OF = {
 
 def _split(rows: list[Row]) -> tuple[list[Row], str]:
     """The rows of what could be measured, and lines that say why others could not."""
-    failures = [f"{r['settings']['method']}: {r['error']}\n" for r in rows if "error" in r]
+    failed = [(r["settings"], r["error"]) for r in rows if "error" in r]
+    failures = [f"{s.get('method') or s['variant']}: {error}\n" for s, error in failed]
     return [r for r in rows if "error" not in r], "".join(failures)
 
 
