@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 # What compiled before does not compile again, in another process or another run: most of the time
-# that the tests take. `pytest --cache-clear` forgets it.
+# that the tests take. `pytest --cache-clear` empties the folder "d".
 os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"),
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache/d/compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }

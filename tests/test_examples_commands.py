@@ -120,8 +120,8 @@ def different():
             flags = frozenset((own, flag) for flag in (*flags, accumulates))
             kinds.setdefault(flags, (script, arguments))
     seen, by_day = set(), []
-    # By day as many as bring eighteen flags that no other has shown yet.
-    while left := [flags for flags in kinds if len(flags - seen) > 17]:
+    # By day as many as bring fifteen flags that no other has shown yet.
+    while left := [flags for flags in kinds if len(flags - seen) > 14]:
         by_day.append(max(left, key=lambda flags: len(flags - seen)))
         seen |= by_day[-1]
     return [
