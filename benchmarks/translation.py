@@ -19,8 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import frontier
-from florax_benchmarks import results, tables
+from florax_benchmarks import results, tables, variants
 
 sys.path.append(str(results.REPOSITORY / "examples"))
 import gpt2
@@ -37,19 +36,31 @@ class Settings:
 
     def __post_init__(self):
         for variant in self.variants:
-            if variant != "naive":
-                frontier.parse(variant)
+            arguments(variant)  # says what is wrong with it
+
+
+def arguments(variant: str) -> dict[str, Any]:
+    """The settings of the script that make this variant."""
+    if variant in ("naive", "none"):
+        return {"method": variant}
+    parsed = variants.parse(variant)
+    kept = parsed.accumulator
+    if kept is None or kept.kind == "paper" or parsed.momentum or parsed.base != "adafactor":
+        raise ValueError(f"variants are naive, none, int4, 40-int8, 40-both-int8, got {variant}")
+    return {
+        "method": "flora",
+        "accumulator": "sketch" if kept.kind == "smaller" else kept.kind,
+        "accumulator_dtype": kept.dtype,
+        "momentum_dtype": "int8" if kept.dtype.startswith("int") else "float32",
+        "rank": kept.rank or 40,
+    }
 
 
 def measure(s: Settings, variant: str, seed: int) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"method": variant}
-    if variant not in ("naive", "none"):
-        parsed = frontier.parse(variant)
-        momentum = "int8" if parsed.dtype.startswith("int") else "float32"
-        arguments = parsed.settings() | {"momentum_dtype": momentum, "rank": parsed.rank or 40}
     with tempfile.TemporaryDirectory() as folder:
         own = {name: getattr(s, name) for name in ("updates", "micro_batch", "accumulate")}
-        comparison = gpt2.train(gpt2.Settings(**arguments, **own, seed=seed, output=Path(folder)))
+        chosen = gpt2.Settings(**arguments(variant), **own, seed=seed, output=Path(folder))
+        comparison = gpt2.train(chosen)
     (run,) = comparison.runs
     names = ("accumulator_bytes", "optimizer_bytes", "parameter_bytes", "test_loss", "BLEU")
     return {name: run[name] for name in names}

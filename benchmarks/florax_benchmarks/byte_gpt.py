@@ -43,12 +43,17 @@ def is_stacked(path: Any, leaf: Any) -> bool:
     return path[0].key == "layers"
 
 
-def loss(s: Any, params: dict[str, Any], rows: Array) -> Array:
-    """The mean cross-entropy of the next bytes of rows, `(B, length + 1)`, in nats."""
+def losses(s: Any, params: dict[str, Any], rows: Array) -> Array:
+    """The cross-entropy of the next bytes of rows, `(B, length + 1)`, in nats, (B, length)."""
     x = params["embed"][rows[:, :-1]] + params["positions"]
     x, _ = jax.lax.scan(layer, x, params["layers"])
     logits = jnp.einsum("btc,vc->btv", norm(x, params["norm"]), params["embed"])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:])
+
+
+def loss(s: Any, params: dict[str, Any], rows: Array) -> Array:
+    """The mean of these."""
+    return losses(s, params, rows).mean()
 
 
 def layer(x: Array, w: dict[str, Array]) -> tuple[Array, None]:

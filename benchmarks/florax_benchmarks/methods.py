@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 import florax
-from florax_benchmarks import models
+from florax_benchmarks import baselines, models
 from florax_benchmarks.steps import Loss, dense, first, full_size, one_by_one
 
 METHODS = (
@@ -108,7 +108,8 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
         tx = florax.flora_accumulate(layers, accumulate, ranks, side=side)
         return Method(tx.init, florax.value_and_update(loss_fn, tx, layerwise=True), accumulate, 1)
     if name == "galore":
-        tx = florax.per_layer(galore(rank), models.is_stacked)
+        base = baselines.galore(LEARNING_RATE, rank, florax.attention_and_feed_forward)
+        tx = florax.per_layer(base, models.is_stacked)
         return Method(tx.init, one_by_one(loss_fn, tx), 1, 1)
     raise ValueError(f"name must be one of {', '.join(METHODS)}; got {name!r}")
 
@@ -137,29 +138,6 @@ def split(name: str) -> tuple[str, Any]:
     """A method without its bits, and the dtype of these; None for what is usual."""
     name, _, bits = name.partition("-int")
     return name, jnp.dtype(f"int{bits}") if bits else None
-
-
-def galore(rank: int) -> optax.GradientTransformation:
-    """Optax's GaLore, with Adam, of attention and feed-forward matrices."""
-
-    def dimension_numbers(tree: Any) -> Any:
-        def matrix(path: tuple, leaf: jax.Array) -> Any:
-            if florax.attention_and_feed_forward(path, leaf):
-                return optax.contrib.GaLoreDimensionNumbers()
-
-        return jax.tree_util.tree_map_with_path(matrix, tree)
-
-    tx = optax.contrib.galore(LEARNING_RATE, rank, weight_dimension_numbers=dimension_numbers)
-    name = jax.tree_util.keystr
-
-    def flat(tree: Any) -> dict[str, Any]:  # it takes no None, which `per_layer` puts for a leaf
-        return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        updates, state = tx.update(flat(grads), state, flat(params))
-        return jax.tree_util.tree_map_with_path(lambda path, _: updates[name(path)], grads), state
-
-    return optax.GradientTransformation(lambda params: tx.init(flat(params)), update)
 
 
 def stacked_shapes(batch: Any, count: int) -> Any:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,21 +40,77 @@ def get(
     folder: Path, benchmark: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """The newest row with these settings; measured now unless this code was, on this device."""
-    row = latest(folder, benchmark, settings)
-    if row and "error" not in row and row["conditions"] == conditions():
+    row, where = latest(folder, benchmark, settings), conditions() | {"source": source()}
+    if row and "error" not in row and row["conditions"] == where:
         return row
+    return _append(folder, benchmark, settings, measure(), where)
+
+
+def get_of_program(
+    folder: Path,
+    benchmark: str,
+    settings: dict[str, Any],
+    measure: Callable[[str | None], dict[str, Any] | None],
+) -> dict[str, Any]:
+    """The newest row with these settings; measured now unless the same program was.
+
+    A change of the code that leaves the program as it is so leaves the row what it is.
+
+    Args:
+      folder: of the results.
+      benchmark: the file's name in it.
+      settings: what identifies the row.
+      measure: called with the `fingerprint` of the newest row's program, if that ran on this device
+        with these versions. It returns None if its own is the same, else figures and `program`.
+    """
+    row, where = latest(folder, benchmark, settings), conditions()
+    valid = row and "error" not in row and where.items() <= row["conditions"].items()
+    figures = measure(row["conditions"].get("program") if row and valid else None)
+    if figures is None:
+        assert row is not None
+        return row
+    program = {"program": figures.pop("program")} if "program" in figures else {}
+    return _append(folder, benchmark, settings, figures, where | program)
+
+
+def fingerprint(*lowered: jax.stages.Lowered) -> str:
+    """Of programs that are not compiled yet: what compiled figures depend on beside conditions."""
+    text = "".join(program.as_text() for program in lowered)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _append(
+    folder: Path,
+    benchmark: str,
+    settings: dict[str, Any],
+    figures: dict[str, Any],
+    where: dict[str, str],
+) -> dict[str, Any]:
     row = {
         "settings": settings,
-        **measure(),
-        "conditions": conditions(),
+        **figures,
+        "conditions": where,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(_command()),
     }
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{benchmark}.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     return row
+
+
+def _command() -> Iterator[str]:
+    """The command line of this process, with a name for every folder that is the user's own."""
+    yield from ("python", f"benchmarks/{Path(sys.argv[0]).name}")
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument == "--results":
+            next(arguments)
+        elif "/" in argument and Path(argument).exists() and not argument.startswith("examples/"):
+            yield Path(argument).name.upper()
+        else:
+            yield argument
 
 
 def isolated(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
@@ -70,16 +126,16 @@ def isolated(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, An
 
 
 def conditions() -> dict[str, str]:
-    """Device, versions, and a hash of the code: rows are comparable where these are equal."""
+    """Device and versions: rows are comparable where these are equal."""
+    return {"device": device(), "jax": jax.__version__, "optax": optax.__version__}
+
+
+def source() -> str:
+    """A hash of the code, for what depends on more of it than a program's text."""
     library = sorted((REPOSITORY / "src/florax").glob("*.py"))
     own = [HERE / f"{name}.py" for name in ("models", "methods", "steps")]
     code = b"".join(file.read_bytes() for file in [*library, *own])
-    return {
-        "device": device(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "source": hashlib.sha256(code).hexdigest()[:8],
-    }
+    return hashlib.sha256(code).hexdigest()[:8]
 
 
 def device() -> str:

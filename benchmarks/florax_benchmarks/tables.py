@@ -88,20 +88,32 @@ def compile_time(rows: list[Row]) -> str:
     return failures + table(header, cells)
 
 
-def frontier(rows: list[Row]) -> str:
-    """The fewest bytes last."""
-    rows = sorted(rows, key=lambda r: -r["share"])
+def quality(rows: list[Row]) -> str:
+    """The fewest bytes last; of the scores the means of the seeds."""
+    rows = sorted(rows, key=lambda r: -state_bytes(r))
+    names = list(rows[0]["scores"])
     cells = [
         [
             r["settings"]["variant"],
-            f"{r['share']:.4f}",
-            f"{r['loss']:.3f}",
+            f"{state_bytes(r) / r['parameter_bytes']:.4f}",
+            mebibytes(r["accumulator_bytes"]),
+            mebibytes(r["optimizer_bytes"]),
+            f"{statistics.mean(r['losses']):.3f}",
             f"{max(r['losses']) - min(r['losses']):.3f}",
             f"{r['learning_rate']:g}",
+            *(f"{statistics.mean(r['scores'][name]):.1f}" for name in names),
+            "-" if r["update_ms"] is None else f"{r['update_ms']:.1f}",
         ]
         for r in rows
     ]
-    return table(["accumulator", "share of bytes", "loss", "spread", "learning rate"], cells)
+    header = ["variant", "share", "accumulator MiB", "other state MiB", "test loss", "spread"]
+    header.append("rate")
+    return table([*header, *names, "ms an update"], cells)
+
+
+def state_bytes(row: Row) -> int:
+    """What a variant of `quality` keeps beside the parameters."""
+    return row["accumulator_bytes"] + row["optimizer_bytes"]
 
 
 def translation(rows: list[Row]) -> str:
@@ -150,9 +162,9 @@ OF = {
     "peers": peers,
     "host_time": host_time,
     "compile_time": compile_time,
-    "frontier": frontier,
     "translation": translation,
     "summarization": summarization,
+    "quality": quality,
 }
 
 
@@ -175,4 +187,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mebibytes(size: float | None) -> str:
-    return "-" if size is None else f"{size / 2**20:,.0f}"
+    if size is None:
+        return "-"
+    size /= 2**20
+    return f"{size:,.0f}" if size >= 20 or size == 0 else f"{size:.2f}"
