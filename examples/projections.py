@@ -133,12 +133,14 @@ def train(s: Settings, method: str, train: Any, test: Any) -> tuple[report.Curve
     return curve, test_loss, accuracy
 
 
+def load(s: Settings, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images as rows of numbers from 0 to 1, and their labels."""
+    images = datasets.load_images(s.data, split)
+    return images.images.reshape(len(images.images), -1) / np.float32(255), images.labels
+
+
 def main(s: Settings) -> None:
-    data = {}
-    for split in ("train", "test"):
-        images = datasets.load_images(s.data, split)
-        pixels = images.images.reshape(len(images.images), -1) / np.float32(255)
-        data[split] = (pixels, images.labels)
+    data = {split: load(s, split) for split in ("train", "test")}
     curves, runs = {}, []
     for method in METHODS:
         curve, loss, accuracy = train(s, method, data["train"], data["test"])

@@ -88,6 +88,19 @@ def compile_time(rows: list[Row]) -> str:
     return failures + table(header, cells)
 
 
+def pilot(rows: list[Row]) -> str:
+    """The means of the seeds, and how far these are apart."""
+    cells = []
+    for method in rows[0]["methods"]:
+        own = [r["methods"][method] for r in rows]
+        losses = [r["training"][-1] for r in own]
+        means = [statistics.mean(r[name] for r in own) for name in ("test_loss", "accuracy")]
+        spread = max(losses) - min(losses)
+        figures = [f"{x:.3f}" for x in (statistics.mean(losses), spread, means[0])]
+        cells.append([method, *figures, f"{means[1]:.1f}"])
+    return table(["method", "training loss", "spread", "test loss", "accuracy %"], cells)
+
+
 def quality(rows: list[Row]) -> str:
     """The fewest bytes last; of the scores the means of the seeds."""
     rows = sorted(rows, key=lambda r: -state_bytes(r))
@@ -165,6 +178,7 @@ OF = {
     "translation": translation,
     "summarization": summarization,
     "quality": quality,
+    "pilot": pilot,
 }
 
 
