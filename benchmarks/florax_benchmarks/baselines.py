@@ -1,5 +1,6 @@
 """What florax is compared with for quality, and Optax does not have or not for stacked layers."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -136,11 +137,35 @@ class Adapted(NamedTuple):
     """Parameters with adapters, W + A B, in the place of their matrices."""
 
     trained: Any  # {"adapters": {name: {"a", "b"}}, "rest": {name: leaf}}, names by path
-    merge: Callable[[Any], Any]  # of what is trained: the parameters
+    frozen: dict[str, Array]  # the matrices
+    merge: Callable[[Any, Any], Any]  # of what is trained and what is frozen: the parameters
 
 
-def adapt(params: Any, rank: int, matrices: Chosen, key: Array) -> Adapted:
-    """LoRA without its scale; A as Kaiming et al. draw it, B zero, all but matrices trained."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factored:
+    """W + A B for a product x @ (W + A B), without W's size in anything else."""
+
+    w: Array
+    a: Array
+    b: Array
+
+    def __rmatmul__(self, x: Array) -> Array:
+        return x @ self.w + (x @ self.a) @ self.b
+
+
+def adapt(
+    params: Any,
+    rank: int,
+    matrices: Chosen,
+    key: Array,
+    merged: Callable[[Array, Array, Array], Any] = lambda w, a, b: w + a @ b,
+) -> Adapted:
+    """LoRA without its scale; A as Kaiming et al. draw it, B zero, all but matrices trained.
+
+    `merged` makes of W, A and B what the model takes for a matrix: `Factored`, where that is used
+    in products only, takes no memory.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     named = [(jax.tree_util.keystr(path), path, leaf) for path, leaf in leaves]
     frozen = {name: leaf for name, path, leaf in named if matrices(path, leaf)}
@@ -153,16 +178,14 @@ def adapt(params: Any, rank: int, matrices: Chosen, key: Array) -> Adapted:
         a = jax.random.uniform(own, (*stack, n, rank), leaf.dtype, -bound, bound)
         adapters[name] = {"a": a, "b": jnp.zeros((*stack, rank, m), leaf.dtype)}
 
-    def merge(trained: Any) -> Any:
-        def leaf(name: str) -> Array:
-            if name not in frozen:
-                return trained["rest"][name]
-            own = trained["adapters"][name]
-            return frozen[name] + own["a"] @ own["b"]
+    def merge(trained: Any, frozen: dict[str, Array]) -> Any:
+        rest, adapters = trained["rest"], trained["adapters"]
+        return treedef.unflatten(
+            merged(frozen[name], **adapters[name]) if name in frozen else rest[name]
+            for name, _, _ in named
+        )
 
-        return treedef.unflatten([leaf(name) for name, _, _ in named])
-
-    return Adapted({"adapters": adapters, "rest": rest}, merge)
+    return Adapted({"adapters": adapters, "rest": rest}, frozen, merge)
 
 
 def are_stacked_too(params: Any, is_stacked: Chosen) -> Chosen:

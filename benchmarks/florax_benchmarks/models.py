@@ -1,9 +1,10 @@
-"""GPT-2, LLaMA and T5 in plain JAX, at any shape: what the benchmarks train.
+"""GPT-2, LLaMA, T5 and ViT in plain JAX, at any shape: what the benchmarks train.
 
 A model is a pure function of a tree of parameters whose layers are stacked, `(layers, ...)`, and
-scanned, with every layer checkpointed and the cross-entropy taken in chunks of the sequence. The
-shapes of the matrices are those of the published models. Positions and biases are left out: they
-are a thousandth of the parameters, and no measure of memory or time depends on them.
+scanned, with every layer checkpointed, if not said otherwise, and the cross-entropy taken in chunks
+of the sequence. The shapes of the matrices are those of the published models. Positions and biases
+are left out: they are a thousandth of the parameters, and no measure of memory or time depends on
+them.
 
 In shapes, B is the batch, T the tokens of a row, S those of a T5 source, L the layers, C the width,
 H the heads, D the size of a head, V the vocabulary.
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 CHUNK = 128  # tokens of a row whose logits exist at once
@@ -23,13 +25,14 @@ CHUNK = 128  # tokens of a row whose logits exist at once
 class Shape(NamedTuple):
     """What tells one size of a model from another."""
 
-    family: str  # "gpt2", "llama" or "t5"
+    family: str  # "gpt2", "llama", "t5" or "vit"
     layers: int  # T5 has as many in its encoder as in its decoder
     width: int
     heads: int
     head_size: int
     feed_forward: int
-    vocabulary: int
+    vocabulary: int  # of a ViT its classes
+    checkpoint: bool = True  # whether layers keep only what enters them for the backward pass
 
 
 SHAPES = {
@@ -37,14 +40,20 @@ SHAPES = {
     "gpt2": Shape("gpt2", 12, 768, 12, 64, 3072, 50257),
     "gpt2-xl": Shape("gpt2", 48, 1600, 25, 64, 6400, 50257),
     "llama-tiny": Shape("llama", 2, 64, 4, 16, 160, 512),
+    "llama-60m": Shape("llama", 8, 512, 8, 64, 1376, 32000),
+    "llama-350m": Shape("llama", 24, 1024, 16, 64, 2736, 32000),
     "llama-1b": Shape("llama", 24, 2048, 32, 64, 5461, 32000),
     "llama-7b": Shape("llama", 32, 4096, 32, 128, 11008, 32000),
     "t5-tiny": Shape("t5", 2, 64, 4, 16, 256, 512),
     "t5-small": Shape("t5", 6, 512, 8, 64, 2048, 32128),
     "t5-3b": Shape("t5", 24, 1024, 32, 128, 16384, 32128),
+    "vit-tiny": Shape("vit", 2, 64, 4, 16, 256, 10),
+    "vit-base": Shape("vit", 12, 768, 12, 64, 3072, 100),
+    "vit-large": Shape("vit", 24, 1024, 16, 64, 4096, 100),
 }
 ModelName: TypeAlias = Literal[tuple(SHAPES)]
 STACKS = ("blocks", "encoder", "decoder")
+PATCHES, PIXELS = 196, 768  # of an image of 224², and the numbers of a patch of 16²
 
 
 def is_stacked(path: tuple, leaf: Any) -> bool:
@@ -71,6 +80,9 @@ def parameter_shapes(shape: Shape, dtype: Any) -> dict[str, Any]:
         layers = {name: attention() for name in attentions} | {"feed_forward": feed_forward}
         return layers | {f"{name}_norm": array(s.layers, s.width) for name in layers}
 
+    if s.family == "vit":
+        ends = {"patches": array(PIXELS, s.width), "head": array(s.width, s.vocabulary)}
+        return ends | {"blocks": stack("attention"), "norm": array(s.width)}
     embed = array(s.vocabulary, s.width)
     if s.family == "t5":
         both = {"encoder": stack("attention"), "decoder": stack("attention", "cross_attention")}
@@ -111,7 +123,13 @@ def random_parameters(shapes: dict[str, Any], key: Array) -> dict[str, Any]:
 
 
 def batch_shapes(shape: Shape, batch: int, length: int, source: int) -> dict[str, Any]:
-    """A batch's tokens: `length` of them to predict in a row and, for T5, `source` to read."""
+    """A batch's tokens: `length` of them to predict in a row and, for T5, `source` to read.
+
+    Of a ViT images, cut into patches, and labels.
+    """
+    if shape.family == "vit":
+        pixels = jax.ShapeDtypeStruct((batch, PATCHES, PIXELS), jnp.float32)
+        return {"pixels": pixels, "labels": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     if length > CHUNK and length % CHUNK:
         raise ValueError(f"length must be at most {CHUNK} or a multiple of it, got {length}")
     rows = {"tokens": jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)}
@@ -121,7 +139,12 @@ def batch_shapes(shape: Shape, batch: int, length: int, source: int) -> dict[str
 
 
 def loss(shape: Shape, params: dict[str, Any], batch: dict[str, Array]) -> Array:
-    """The mean cross-entropy of the next tokens, shape (), float32."""
+    """The mean cross-entropy of the next tokens, or of an image's class, shape (), float32."""
+    if shape.family == "vit":
+        x = batch["pixels"].astype(params["patches"].dtype) @ params["patches"]  # (B, T, C)
+        x = norm(scan(shape, params["blocks"], x, causal=False), params["norm"]).mean(1)
+        logits = (x @ params["head"]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
     inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]  # (B, T)
     x = params["embed"][inputs]  # (B, T, C)
     if shape.family == "t5":
@@ -159,7 +182,7 @@ def scan(
 
     if isinstance(stack, list):
         return functools.reduce(lambda x, w: layer(x, w)[0], stack, x)
-    return jax.lax.scan(jax.checkpoint(layer), x, stack)[0]
+    return jax.lax.scan(jax.checkpoint(layer) if shape.checkpoint else layer, x, stack)[0]
 
 
 def attention(shape: Shape, w: dict[str, Array], x: Array, memory: Array, causal: bool) -> Array:

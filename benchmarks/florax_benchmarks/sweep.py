@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 import florax
-from florax_benchmarks import baselines, steps, variants
+from florax_benchmarks import baselines, variants
 from florax_benchmarks.tasks import Task
 
 EVALUATED = 16  # held-out examples at a time, of each run
@@ -81,11 +81,10 @@ class _Run:
         self, task: Task, v: variants.Variant, rate: Any, key: Array, updates: int, saved: Any
     ):
         params = task.init(key, saved)
-        matrices, is_stacked = task.matrices, task.is_stacked
-        self.trained, self.merge = params, lambda trained: trained
+        self.trained, self.merge, is_stacked = params, lambda trained: trained, task.is_stacked
         if v.base == "lora":
-            adapted = baselines.adapt(params, v.base_rank, matrices, key)
-            self.trained, self.merge = adapted
+            self.trained, frozen, merge = baselines.adapt(params, v.base_rank, task.matrices, key)
+            self.merge = lambda trained: merge(trained, frozen)
             is_stacked = baselines.are_stacked_too(params, is_stacked)
 
         def loss(trained: Any, batch: Any) -> Array:
@@ -93,15 +92,10 @@ class _Run:
             return losses.sum() / counts.sum()
 
         rates = functools.partial(_rate, rate, updates if task.is_scheduled else None)
-        opt = variants.optimizer(v, rates, matrices, is_stacked, task.resample_every, key)
-        self.tx = opt
-        if v.accumulator is None:
-            self.step = steps.one_by_one(loss, opt)
-        elif v.accumulator.kind == "full" and v.accumulator.dtype == "float32":
-            self.step = steps.full_size(loss, opt)
-        else:
-            self.tx = variants.accumulating(v, opt, task.accumulate, matrices, key)
-            self.step = florax.value_and_update(loss, self.tx)
+        opt = variants.optimizer(v, rates, task.matrices, is_stacked, task.resample_every, key)
+        self.tx, self.step = variants.accumulating(
+            v, loss, opt, task.accumulate, task.matrices, key
+        )
 
 
 def _rate(peak: Any, updates: int | None, count: Any) -> Any:

@@ -88,6 +88,22 @@ def compile_time(rows: list[Row]) -> str:
     return failures + table(header, cells)
 
 
+def footprint(rows: list[Row]) -> str:
+    """In MiB; ΔM is against `none`."""
+    rows, failures = _split(rows)
+    none = next((r for r in rows if r["settings"]["variant"] == "none"), None)
+    cells = []
+    for r in rows:
+        names = ("parameter", "adapter", "optimizer", "accumulator", "temporary", "peak")
+        sizes = [mebibytes(r[f"{name}_bytes"]) for name in names]
+        more = mebibytes(r["peak_bytes"] - none["peak_bytes"]) if none else "-"
+        cells.append(
+            [r["settings"]["variant"], *sizes, more, mebibytes(r.get("device_peak_bytes"))]
+        )
+    kinds = ["parameters", "adapters", "state", "accumulator", "temporaries", "peak"]
+    return failures + table(["variant", *kinds, "ΔM", "device peak"], cells)
+
+
 def pilot(rows: list[Row]) -> str:
     """The means of the seeds, and how far these are apart."""
     cells = []
@@ -178,6 +194,7 @@ OF = {
     "translation": translation,
     "summarization": summarization,
     "quality": quality,
+    "footprint": footprint,
     "pilot": pilot,
 }
 
@@ -204,4 +221,4 @@ def mebibytes(size: float | None) -> str:
     if size is None:
         return "-"
     size /= 2**20
-    return f"{size:,.0f}" if size >= 20 or size == 0 else f"{size:.2f}"
+    return f"{size:,.0f}" if abs(size) >= 20 or size == 0 else f"{size:.2f}"

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 import florax
-from florax_benchmarks import baselines
+from florax_benchmarks import baselines, steps
 
 DECAY = 0.9  # of all momenta
 BUFFER = re.compile(r"(?:(\d+)-(?:(both)-)?)?(float32|bfloat16|int8|int4|int2)|(\d+)-(paper)")
@@ -126,7 +126,7 @@ def optimizer(
     """
     stacks = functools.partial(florax.per_layer, stacked=is_stacked)
     if v.base == "adamw":
-        return optax.adamw(learning_rate)
+        return stacks(optax.adamw(learning_rate))
     if v.base == "galore":
         return stacks(baselines.galore(learning_rate, v.base_rank, matrices))
     if v.base.startswith("apollo"):
@@ -154,13 +154,29 @@ def optimizer(
 
 def accumulating(
     v: Variant,
+    loss: steps.Loss,
     opt: optax.GradientTransformation,
     accumulate: int,
     matrices: Callable[[Any, Any], bool],
     key: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """The `flora_accumulate` of a variant whose accumulator is not in float32 at full size."""
-    return florax.flora_accumulate(
+    dense: bool = False,
+) -> tuple[optax.GradientTransformation, steps.Step]:
+    """The optimizer with the variant's accumulator, and a step of some micro-batches.
+
+    Args:
+      v: the variant.
+      loss: of what is trained, and a micro-batch.
+      opt: for the finished gradients.
+      accumulate: micro-batches of a step; without an accumulator a step takes one.
+      matrices: which leaves are compressed.
+      key: of the projections.
+      dense: sketches are made of full-size gradients, as in the paper, and not born as such.
+    """
+    if v.accumulator is None:
+        return opt, steps.one_by_one(loss, opt)
+    if v.accumulator.kind == "full" and v.accumulator.dtype == "float32":
+        return opt, steps.full_size(loss, opt)
+    tx = florax.flora_accumulate(
         opt,
         accumulate,
         _ranks(v.accumulator, matrices),
@@ -168,6 +184,7 @@ def accumulating(
         key=key,
         **v.accumulator.arguments(),
     )
+    return tx, steps.dense(loss, tx) if dense else florax.value_and_update(loss, tx)
 
 
 def _ranks(buffer: Buffer, matrices: Callable[[Any, Any], bool]) -> Callable[..., int | None]:

@@ -107,7 +107,7 @@ class Running:
         self.params = models.random_parameters(compiled.params, key)
         self.state = jax.jit(compiled.method.init)(self.params)
         tokens = functools.partial(jax.random.randint, key, minval=0, maxval=vocabulary)
-        self.batches = jax.tree.map(lambda x: tokens(x.shape), compiled.batches)
+        self.batches = jax.tree.map(lambda x: tokens(x.shape).astype(x.dtype), compiled.batches)
         jax.block_until_ready((self.params, self.state, self.batches))
 
     def update(self) -> float:
