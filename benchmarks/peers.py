@@ -19,6 +19,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, Literal
 
 from florax_benchmarks import models, results, tables, workload
@@ -139,9 +140,13 @@ def make_update(name: str, s: Settings, model: Any) -> tuple[Callable[[Any], Any
     return micro_step, calls
 
 
-def measure(s: Settings, name: str) -> dict[str, Any]:
+def measure(s: Settings, name: str, known: str | None) -> dict[str, Any] | None:
     import torch
 
+    packages = {"flora-opt": ["flora-opt"], "galore": ["galore-torch"]}.get(name, ["transformers"])
+    program = " ".join(f"{x} {metadata.version(x)}" for x in ["torch", *packages])
+    if program == known:
+        return None
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     cuda = torch.cuda.is_available()
@@ -167,11 +172,11 @@ def measure(s: Settings, name: str) -> dict[str, Any]:
     seconds = [update() for _ in range(s.rounds)]
     parameters = {p.data_ptr(): p.nbytes for p in model.parameters()}
     return {
+        "program": program,
         "params_bytes": sum(parameters.values()),
         "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "micro_step_ms": round(statistics.median(seconds) / calls * 1e3, 2),
         "first_update_seconds": round(first, 2),
-        "torch": torch.__version__,
     }
 
 

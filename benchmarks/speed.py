@@ -8,6 +8,7 @@ the ratio is the median of those of the rounds.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from florax_benchmarks import methods, results, tables, timing, workload
@@ -18,16 +19,20 @@ class Settings(workload.Workload):
     rounds: int = 5  # timed updates of each method, after one that is not
 
 
-def measure(s: Settings) -> dict[str, Any]:
+def measure(s: Settings, known: str | None) -> dict[str, Any] | None:
+    lowered = {name: workload.lower_method(s, name) for name in s.methods}
+    if (program := results.fingerprint(*(x.program for x in lowered.values()))) == known:
+        return None
     running = {
-        name: workload.Running(workload.compile_method(s, name), s.shape.vocabulary)
-        for name in s.methods
+        name: workload.Running(x.compile(), s.shape.vocabulary) for name, x in lowered.items()
     }
-    return timing.take_turns({name: r.update for name, r in running.items()}, s.rounds)
+    times = timing.take_turns({name: r.update for name, r in running.items()}, s.rounds)
+    return {"program": program, **times}
 
 
 def main(s: Settings) -> None:
-    row = workload.measure_together(s, "speed", measure)
+    settings = s.settings() | {"methods": list(s.methods)}
+    row = results.get_of_program(s.results, "speed", settings, functools.partial(measure, s))
     print(f"{s.title}; milliseconds a micro-step:\n{tables.times([row])}")
 
 

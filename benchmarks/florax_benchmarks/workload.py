@@ -54,26 +54,40 @@ class Workload:
 
 
 def measure_each(
-    w: Workload, benchmark: str, measure: Callable[[Any, str], dict[str, Any]], **more: Any
+    w: Workload,
+    benchmark: str,
+    measure: Callable[[Any, str, str | None], dict[str, Any] | None],
+    **more: Any,
 ) -> list[dict[str, Any]]:
     """The rows of a benchmark that gives every method a process of its own.
 
+    `measure` gets the workload, the method and a known program, as `results.get_of_program` says;
     `more` is what identifies a row beside the workload and the method.
     """
 
     def row(name: str) -> dict[str, Any]:
         isolated = functools.partial(results.isolated, measure, w, name)
-        return results.get(w.results, benchmark, w.settings() | {"method": name} | more, isolated)
+        settings = w.settings() | {"method": name} | more
+        return results.get_of_program(w.results, benchmark, settings, isolated)
 
     return [row(name) for name in w.methods]
 
 
-def measure_together(
-    w: Workload, benchmark: str, measure: Callable[[Any], dict[str, Any]]
-) -> dict[str, Any]:
-    """The row of a benchmark whose methods take turns."""
-    settings = w.settings() | {"methods": list(w.methods)}
-    return results.get(w.results, benchmark, settings, lambda: measure(w))
+class Lowered(NamedTuple):
+    """A method's program, not compiled yet; `params`, `state` and `batches` are shapes."""
+
+    method: Method
+    program: jax.stages.Lowered
+    params: Any
+    state: Any
+    batches: Any
+    seconds: float  # of tracing
+
+    def compile(self) -> "Compiled":
+        start = time.perf_counter()
+        step = self.program.compile()
+        seconds = self.seconds + time.perf_counter() - start
+        return Compiled(self.method, step, self.params, self.state, self.batches, seconds)
 
 
 class Compiled(NamedTuple):
@@ -87,7 +101,7 @@ class Compiled(NamedTuple):
     seconds: float  # of tracing and compilation
 
 
-def compile_method(workload: Workload, name: str) -> Compiled:
+def lower_method(workload: Workload, name: str) -> Lowered:
     w, batch = workload, workload.batch_shapes()
     params = models.parameter_shapes(w.shape, jnp.dtype(w.dtype))
     loss_fn = functools.partial(models.loss, w.shape)
@@ -95,8 +109,8 @@ def compile_method(workload: Workload, name: str) -> Compiled:
     method = make(name, loss_fn, w.accumulate, w.rank, w.side)
     state = jax.eval_shape(method.init, params)
     batches = stacked_shapes(batch, method.micro_batches)
-    step = jax.jit(method.step, donate_argnums=(0, 1)).lower(params, state, batches).compile()
-    return Compiled(method, step, params, state, batches, time.perf_counter() - start)
+    program = jax.jit(method.step, donate_argnums=(0, 1)).lower(params, state, batches)
+    return Lowered(method, program, params, state, batches, time.perf_counter() - start)
 
 
 class Running:
