@@ -4,7 +4,7 @@ r"""What does a training step of the models in FLORA's paper hold, by its method
         8-both-int8
 
 Figures are those of the compiled step, parameters and state donated; nothing is allocated without
-`--run`. ΔM is what a variant's peak adds to that of `none`, the first. FLORA as published
+`--run`. ΔM is what a variant's peak adds to that of `none`. FLORA as published
 compresses full-size gradients; florax's own are born as sketches. With `--layerwise`, layers are
 updated one by one in the backward pass.
 """
@@ -53,13 +53,13 @@ def measure(s: Settings, name: str, known: str | None) -> dict[str, Any] | None:
     own_loss = functools.partial(models.loss, shape)
     is_stacked, merge = models.is_stacked, None
     matrices, key = florax.attention_and_feed_forward, jax.random.key(0)
-    if v.base == "lora":
+    if variants.has_adapters(v.base):
         is_stacked = baselines.are_stacked_too(weights, is_stacked)
 
     def start(weights: Any) -> tuple[Any, Any]:
         """What is trained and what is frozen."""
         nonlocal merge
-        if v.base != "lora":
+        if not variants.has_adapters(v.base):
             return weights, {}
         adapted = baselines.adapt(weights, v.base_rank, matrices, key, baselines.Factored)
         merge = adapted.merge

@@ -82,7 +82,7 @@ class _Run:
     ):
         params = task.init(key, saved)
         self.trained, self.merge, is_stacked = params, lambda trained: trained, task.is_stacked
-        if v.base == "lora":
+        if variants.has_adapters(v.base):
             self.trained, frozen, merge = baselines.adapt(params, v.base_rank, task.matrices, key)
             self.merge = lambda trained: merge(trained, frozen)
             is_stacked = baselines.are_stacked_too(params, is_stacked)
@@ -143,7 +143,7 @@ def _bytes(task: Task, v: variants.Variant) -> dict[str, int]:
             accumulator, state = state.sketch, state.inner_opt_state
         elif v.accumulator is not None:  # made in the step, in float32
             accumulator = jax.tree.map(lambda x: x.astype(jnp.float32), run.trained)
-        adapters = run.trained["adapters"] if v.base == "lora" else ()
+        adapters = run.trained["adapters"] if variants.has_adapters(v.base) else ()
         params = task.init(jax.random.key(0), saved)
         return {"parameter": params, "accumulator": accumulator, "optimizer": (state, adapters)}
 

@@ -91,7 +91,7 @@ def compile_time(rows: list[Row]) -> str:
 def footprint(rows: list[Row]) -> str:
     """In MiB; ΔM is against `none`."""
     rows, failures = _split(rows)
-    none = next((r for r in rows if r["settings"]["variant"] == "none"), None)
+    none = next((r for r in rows if is_floor(r)), None)
     cells = []
     for r in rows:
         names = ("parameter", "adapter", "optimizer", "accumulator", "temporary", "peak")
@@ -102,6 +102,11 @@ def footprint(rows: list[Row]) -> str:
         )
     kinds = ["parameters", "adapters", "state", "accumulator", "temporaries", "peak"]
     return failures + table(["variant", *kinds, "ΔM", "device peak"], cells)
+
+
+def is_floor(row: Row) -> bool:
+    """Whether it has neither accumulator nor momentum, nor another base than Adafactor."""
+    return row["settings"]["variant"] in ("none", "unfactored/none")
 
 
 def pilot(rows: list[Row]) -> str:

@@ -16,7 +16,8 @@ Adafactor; or
     adamw           AdamW; it and those below have a momentum of their own
     galore-64       `optax.contrib.galore` with Adam
     apollo-64       APOLLO, and with `apollo-mini` APOLLO-Mini
-    lora-8          Adafactor; adapters of rank 8 in the place of the matrices
+    lora-8          Adafactor; adapters of rank 8 in the place of the matrices; also
+                    unfactored-lora-8
 """
 
 import functools
@@ -32,7 +33,7 @@ from florax_benchmarks import baselines, steps
 
 DECAY = 0.9  # of all momenta
 BUFFER = re.compile(r"(?:(\d+)-(?:(both)-)?)?(float32|bfloat16|int8|int4|int2)|(\d+)-(paper)")
-BASE = re.compile(r"(unfactored|adamw|apollo-mini)|(galore|apollo|lora)-(\d+)")
+BASE = re.compile(r"(unfactored|adamw|apollo-mini)|(galore|apollo|lora|unfactored-lora)-(\d+)")
 
 
 class Buffer(NamedTuple):
@@ -90,7 +91,12 @@ def parse(name: str) -> Variant:
 
 def has_momentum(base: str) -> bool:
     """Whether a momentum follows this base."""
-    return base in ("adafactor", "unfactored", "lora")
+    return base in ("adafactor", "unfactored", "lora", "unfactored-lora")
+
+
+def has_adapters(base: str) -> bool:
+    """Whether low-rank adapters are trained in the place of matrices."""
+    return base.endswith("lora")
 
 
 def _buffer(text: str, name: str) -> Buffer:
@@ -133,7 +139,7 @@ def optimizer(
         return baselines.apollo(learning_rate, v.base_rank, matrices, key)
     base = optax.adafactor(
         learning_rate,
-        factored=v.base != "unfactored",
+        factored=not v.base.startswith("unfactored"),
         min_dim_size_to_factor=64,
         multiply_by_parameter_scale=False,
     )
