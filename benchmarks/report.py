@@ -1,6 +1,7 @@
 """The tables of what was measured, as Markdown, from the JSON in the results folder.
 
-    python benchmarks/report.py
+    python benchmarks/report.py            # all tables
+    python benchmarks/report.py --write    # puts those that the READMEs show into them
 
 A table a benchmark and workload, with the command of its last row; at the end a summary of all.
 """
@@ -9,17 +10,23 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from florax_benchmarks import results, summary, tables
+from florax_benchmarks import pages, results, summary, tables
 
 VARIED = ("method", "methods", "variant", "seed")  # along the rows of a table
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+    write: bool = False  # bring the READMEs up to date instead
     results: Path = results.FOLDER  # folder of the JSON
 
 
 def main(s: Settings) -> None:
+    if s.write:
+        for page in pages.PAGES:
+            path = results.REPOSITORY / page
+            path.write_text(pages.fill(path.read_text(), s.results))
+        return
     for benchmark, table in tables.OF.items():
         groups: dict[str, dict[str, dict[str, Any]]] = {}
         for row in results.read(s.results, benchmark):  # a newer row takes the place of an older

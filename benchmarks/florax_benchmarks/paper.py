@@ -209,6 +209,8 @@ TEST = {"translation": ("iwslt17_test",)}
 MODELS = {"summarization": "smollm2", "t5": "t5"}
 WIDTHS = {"pretraining": 256, "translation": 256, "summarization": 576, "t5": 256, "vision": 192}
 
+MODEL_WIDTHS = {"t5-small": 512, "t5-3b": 1024, "gpt2": 768, "gpt2-xl": 1600}  # the paper's
+
 KAPPAS = (1, 5, 20, 100, 500, 3000)  # of 3,000 updates; the paper's 1 to 10,000 are of more
 KAPPA_RANK = 128  # half of the width, as in the paper
 

@@ -211,14 +211,17 @@ def _split(rows: list[Row]) -> tuple[list[Row], str]:
     return [r for r in rows if "error" not in r], "".join(failures)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *["-" * (width - 1) + ":" for width in widths[1:]]]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns: the first `left` of them to the left, the others to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * (width - 1) + ("-" if i < left else ":") for i, width in enumerate(widths)]
     lines = []
-    for first, *rest in [header, rule, *rows]:
-        right = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("| " + " | ".join([first.ljust(widths[0]), *right]) + " |")
+    for cells in [header, rule, *rows]:
+        aligned = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(aligned) + " |")
     return "\n".join(lines)
 
 

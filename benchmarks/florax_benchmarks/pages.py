@@ -1,0 +1,292 @@
+"""What the READMEs show of the results: a named block of Markdown each, between two comments.
+
+<!-- results: NAME -->
+...
+<!-- end -->
+"""
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from florax_benchmarks import paper, results, summary, tables
+from florax_benchmarks.paper import Row as PaperRow
+from florax_benchmarks.summary import LLAMA, LLAMA_1024, T5, XL16, XL32, Figures, beyond, peak
+from florax_benchmarks.tables import Row, table
+
+BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+PAGES = ("README.md", "benchmarks/README.md")
+
+
+def fill(text: str, folder: Path) -> str:
+    """The text with its blocks as the results in `folder` have them."""
+    return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]](folder) + found[3], text)
+
+
+def gib(mib: float | None) -> str:
+    return "-" if mib is None else f"{mib / 2**10:.1f} GiB"
+
+
+def whole(x: float | None) -> str:
+    return "" if x is None else f"{x:,.0f}"
+
+
+def two(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f}".rstrip("0").rstrip(".")
+
+
+def mean(rows: Iterable[Row], name: str) -> float | None:
+    values = [r[name] for r in rows if "error" not in r]
+    return statistics.mean(values) if values else None
+
+
+def newest(folder: Path, benchmark: str, settings: dict[str, Any]) -> list[Row]:
+    """The newest row of every seed."""
+    rows = [r for r in results.read(folder, benchmark) if settings.items() <= r["settings"].items()]
+    return [*{r["settings"]["seed"]: r for r in rows if "error" not in r}.values()]
+
+
+# The first page.
+
+
+def first(folder: Path) -> str:
+    """Where florax pays, in one table."""
+    figures = Figures(folder)
+
+    def of(settings: dict[str, Any], method: str, take: Callable[[Row], float]) -> str:
+        return gib(figures.one("memory", settings | {"method": method}, take))
+
+    ms = figures.times("speed", XL32, "milliseconds")
+
+    def tuned(variant: str) -> list[Row]:
+        return newest(folder, "summarization", {"model": "smollm2", "variant": variant})
+
+    def job(variant: str) -> list[Row]:
+        settings = {"variant": variant, "updates": 1500, "micro_batch": 16}
+        rows = newest(folder, "translation", settings)
+        return [r for r in rows if "H100" in r["conditions"]["device"]]
+
+    def bytes_of(rows: list[Row]) -> float:
+        return (rows[0]["accumulator_bytes"] + rows[0]["optimizer_bytes"]) / 2**20
+
+    tuned_rows = [tuned(v) for v in ("naive, momentum float32", "144-both-int4, momentum int4")]
+    job_rows = [job(v) for v in ("naive", "80-both-int4")]
+    before = f"{tuned_rows[0][0]['rougeL_before']:.1f}"
+    without = of(LLAMA, "none", peak)
+    rows = [
+        [
+            "LLaMA-7B's shape in bfloat16, 16 micro-batches an update: peak on one H100",
+            of(LLAMA, "full", peak),
+            of(LLAMA, "sketched", peak),
+        ],
+        [
+            "the same without accumulation: layer by layer, with momentum",
+            f"{without}, without momentum",
+            of(LLAMA, "layerwise", peak),
+        ],
+        [
+            "GPT-2-XL's shape in float32, 16 micro-batches: beyond parameters and Adafactor",
+            of(XL32, "full", beyond),
+            of(XL32, "both-int8", beyond),
+        ],
+        ["its micro-step", *(f"{whole(ms(name))} ms" for name in ("full", "both-int8"))],
+        [
+            "SmolLM2-135M fine-tuned on SciTLDR, 16 micro-batches of one: ROUGE-L "
+            f"({before} before)",
+            *(f"{mean(own, 'rougeL'):.1f}" for own in tuned_rows),
+        ],
+        [
+            "its optimizer state and accumulator",
+            *(f"{whole(bytes_of(own))} MiB" for own in tuned_rows),
+        ],
+        [
+            "the small job below with 1,500 updates, SacreBLEU",
+            *(f"{mean(own, 'BLEU'):.1f}" for own in job_rows),
+        ],
+        ["its accumulator and momentum", *(f"{bytes_of(own):.1f} MiB" for own in job_rows)],
+    ]
+    return table(["", "full-size buffers", "florax"], rows)
+
+
+BITS = (  # bytes, what it is, its variant, what a note says of its BLEU
+    ("1", "full size, float32", "float32", ""),
+    ("", "the same, and the momentum too", "naive", ""),
+    ("1/4", "**full size in 8 bits**", "int8", ""),
+    ("", "sketches of one side, r = 1/4 of the width, float32", "64-float32", " (1)"),
+    ("1/8", "**full size in 4 bits**", "int4", ""),
+    ("", "**sketches of both sides, r = 1/2, in 8 bits**", "128-both-int8", " (2)"),
+    ("", "of one side, r = 1/2, in 8 bits", "128-int8", " (1)"),
+    ("1/16", "**sketches of both sides, r = 1/2, in 4 bits**", "128-both-int4", " (2)"),
+    ("", "of both sides, r = 1/4, in 8 bits", "64-both-int8", ""),
+    ("", "full size in 2 bits", "int2", ""),
+    ("", "sketches of one side, r = 1/2, in 4 bits", "128-int4", ""),
+    ("1/32", "**sketches of both sides, r = 1/4, in 4 bits**", "64-both-int4", ""),
+    ("", "of both sides, r = 1/8, in 8 bits", "32-both-int8", ""),
+    ("", "of one side, r = 1/4, in 4 bits", "64-int4", " (1)"),
+    ("1/64", "**sketches of both sides, r = 1/8, in 4 bits**", "32-both-int4", ""),
+    ("", "of both sides, r = 1/16, in 8 bits", "16-both-int8", ""),
+    ("0", "none, as many updates, each of a micro-batch", "none-updates", ""),
+    ("", "none, an update for every micro-batch", "none", ""),
+)
+
+
+def bits(folder: Path) -> str:
+    """What to accumulate in, by its bytes. Ranks are of a width of 256, in BLEU's column of 160."""
+
+    def loss(variant: str, accumulate: int) -> str:
+        settings = {"task": "bytes", "variant": variant, "accumulate": accumulate}
+        row = results.latest(folder, "quality", settings)
+        return f"{statistics.mean(row['losses']):.2f}" if row else ""
+
+    def bleu(variant: str) -> str:
+        own = re.sub(r"^\d+", lambda rank: str(int(rank[0]) * 160 // 256), variant)
+        settings = {"variant": own, "updates": 1500, "micro_batch": 16}
+        rows = [r for r in results.read(folder, "translation") if _has(r, settings)]
+        # Full size was measured on one device, sketches of both sides on another.
+        devices = [r for r in rows if "H200" in r["conditions"]["device"]] or [
+            r for r in rows if "H100" in r["conditions"]["device"]
+        ]
+        seeds = {r["settings"]["seed"]: r for r in devices}
+        found = mean(seeds.values(), "BLEU")
+        return "" if found is None else f"{found:.1f}"
+
+    rows = [
+        [share, text, loss(variant, 16), loss(variant, 4), bleu(variant) + note]
+        for share, text, variant, note in BITS
+    ]
+    for row in rows:
+        row[-1] = row[-1] if row[-1][:1].isdigit() else ""
+    return table(["bytes", "accumulator", "loss, ×16", "loss, ×4", "SacreBLEU, ×4"], rows, 2)
+
+
+def _has(row: Row, settings: dict[str, Any]) -> bool:
+    return "error" not in row and settings.items() <= row["settings"].items()
+
+
+def real(folder: Path) -> str:
+    """Memory in MiB and time at the shapes of real models."""
+    figures = Figures(folder)
+
+    def line(text: str, numbers: list[float | None], form: Callable[[Any], str]) -> list[str]:
+        *others, own = map(form, numbers)
+        return [text, *others, f"**{own}**"]
+
+    llama_ratio = figures.times("speed", LLAMA, "ratio")("sketched")
+    rows = [
+        line(
+            "GPT-2-XL shape, float32, 1×512: memory beyond parameters and optimizer state",
+            figures.memory(XL32, beyond),
+            whole,
+        ),
+        line("time of a micro-step", figures.micro_step(XL32), two),
+        line("the same, bfloat16, 8×512", figures.memory(XL16, beyond), whole),
+        line("time of a micro-step", figures.micro_step(XL16), two),
+        line(
+            "LLaMA-7B shape, bfloat16, 16×256: peak, of which parameters are 12,852",
+            figures.memory(LLAMA, peak),
+            whole,
+        ),
+        line("time of a micro-step (1)", [None, 1, None, llama_ratio], two),
+        line("T5-3B shape, float32, 512 → 128 tokens: peak", figures.memory(T5, peak), whole),
+        line(
+            "LLaMA-7B, layer by layer, with momentum, without accumulation: peak (2)",
+            [None, None, 21.2 * 2**10, figures.one("memory", LLAMA | LAYERWISE, peak)],
+            whole,
+        ),
+        line(
+            "the same, r = 1024",
+            [None, None, None, figures.one("memory", LLAMA_1024 | LAYERWISE, peak)],
+            whole,
+        ),
+    ]
+    return table(["", "no accumulation", "full size", "FLORA as published", "florax"], rows)
+
+
+LAYERWISE = {"method": "layerwise"}
+
+
+# The paper.
+
+
+def figure_1(folder: Path) -> str:
+    rows = [r for r in results.read(folder, "pilot") if r["settings"]["steps"] == 4000]
+    return tables.pilot([*{r["settings"]["seed"]: r for r in rows}.values()])
+
+
+def paper_table(name: str, folder: Path) -> str:
+    """A table of the paper beside what was measured here, a table for each of its models."""
+    own = paper.TABLES[name]
+    parts = []
+    for number, (model, rows) in enumerate(own.rows.items()):
+        tasks = own.tasks if number == 0 else {}
+        scores = {task: _scores(folder, own, task, rows) for task in tasks}
+        memory = _memory(folder, own, model, rows)
+        header = ["method", "r ÷ width", f"paper, {model}", "ΔM, GiB"]
+        header += [f"{task}: {own.scores[task]}" for task in tasks] + ["ΔM here, GiB"]
+        cells = [
+            [
+                LABELS[row.method],
+                str(row.share or ""),
+                "" if row.score is None else f"{row.score:g}",
+                "" if row.memory is None else f"{row.memory:.2f}",
+                *(scores[task][i] for task in tasks),
+                memory[i],
+            ]
+            for i, row in enumerate(rows)
+        ]
+        parts.append(table(header, cells))
+    return "\n\n".join(parts)
+
+
+LABELS = {
+    "none": "none, as many examples",
+    "none-updates": "none, as many updates",
+    "naive": "full size",
+    "lora": "LoRA",
+    "paper": "FLORA as published",
+    "florax": "florax, 8 bits",
+}
+
+
+def _scores(folder: Path, own: paper.Table, task: str, rows: list[PaperRow]) -> list[str]:
+    def cell(row: PaperRow) -> str:
+        name = row.variant(paper.WIDTHS[task], own.momentum, own.unfactored)
+        settings = {"task": task, "variant": name} | dict(own.tasks[task])
+        found = results.latest(folder, "quality", settings)
+        if found is None:
+            return ""
+        values = found["scores"][own.scores[task]]
+        spread = (max(values) - min(values)) / 2
+        return f"{statistics.mean(values):.1f} ± {spread:.1f}"
+
+    return list(map(cell, rows))
+
+
+def _memory(folder: Path, own: paper.Table, model: str, rows: list[PaperRow]) -> list[str]:
+    width = paper.MODEL_WIDTHS[model]
+    settings = {"model": model, "layerwise": False} | dict(own.models[model])
+
+    def peak_of(name: str) -> int | None:
+        row = results.latest(folder, "footprint", settings | {"variant": name})
+        return row["peak_bytes"] if row and "error" not in row else None
+
+    floor = peak_of("unfactored/none" if own.unfactored else "none")
+    names = [row.variant(width, own.momentum, own.unfactored) for row in rows]
+    peaks = [None if name.endswith("none-updates") else peak_of(name) for name in names]
+    return [
+        "" if floor is None or x is None else f"{(x - floor) / 2**30:.2f}".replace("-0.00", "0.00")
+        for x in peaks
+    ]
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "first": first,
+    "bits": bits,
+    "real": real,
+    "summary": summary.table,
+    "figure-1": figure_1,
+    **{f"table-{name}": partial(paper_table, name) for name in paper.TABLES},
+}
