@@ -1,0 +1,303 @@
+"""What the benchmarks rest on: variants, baselines, sweeps, and figures that come from results."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("rouge_score")
+pytest.importorskip("sacrebleu")
+pytest.importorskip("safetensors")
+pytest.importorskip("tensorboardX")
+pytest.importorskip("tokenizers")
+pytest.importorskip("tyro")
+
+import florax
+from florax_benchmarks import baselines, pages, paper, results, sweep, tasks, variants
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+# Figures.
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_tables_of_the_readmes_are_those_of_the_results(page):
+    text = (results.REPOSITORY / page).read_text()
+    assert pages.BLOCK.search(text)
+    assert pages.fill(text, results.FOLDER) == text, "run: python benchmarks/report.py --write"
+
+
+def test_a_row_is_measured_again_only_where_its_program_or_its_place_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLORAX_DEVICE", "here")
+    measured = []
+
+    def row(program, device="here"):
+        def measure(known):
+            if known == program:
+                return None
+            measured.append((program, device))
+            return {"program": program, "figure": len(measured)}
+
+        monkeypatch.setenv("FLORAX_DEVICE", device)
+        return results.get_of_program(tmp_path, "bench", {"x": 1}, measure)["figure"]
+
+    assert [row("a"), row("a"), row("b"), row("b"), row("b", "there"), row("b", "there")] == [
+        1, 1, 2, 2, 3, 3,
+    ]  # fmt: skip
+    assert measured == [("a", "here"), ("b", "here"), ("b", "there")]
+
+
+def test_a_failure_is_a_row_and_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLORAX_DEVICE", "here")
+    outcomes = [{"error": "no memory"}, {"program": "a", "figure": 1}]
+
+    def measure(known):
+        assert known is None
+        return outcomes.pop(0)
+
+    rows = [results.get_of_program(tmp_path, "bench", {}, measure) for _ in range(2)]
+    assert "error" in rows[0] and rows[1]["figure"] == 1
+    assert len(results.read(tmp_path, "bench")) == 2
+
+
+def test_a_fingerprint_is_of_the_program_alone():
+    def f(x):
+        return jnp.sin(x) * 2
+
+    def g(y):
+        twice = 2
+        return jnp.sin(y) * twice
+
+    def fingerprint(f, size=3):
+        return results.fingerprint(jax.jit(f).lower(jnp.zeros(size)))
+
+    g.__name__ = "f"  # the module's name is the function's
+    assert fingerprint(f) == fingerprint(g)
+    assert fingerprint(f) != fingerprint(f, 4)
+
+
+# Variants.
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("none", (None, None)),
+        ("float32+float32", ((None, "full", "float32"), (None, "full", "float32"))),
+        ("64-paper", ((64, "paper", "float32"), None)),
+        ("64-both-int4+32-int8", ((64, "both", "int4"), (32, "smaller", "int8"))),
+        ("none+16-paper", (None, (16, "paper", "float32"))),
+    ],
+)
+def test_a_name_says_how_buffers_are_kept(name, expected):
+    v = variants.parse(name)
+    assert (v.base, v.accumulator, v.momentum) == ("adafactor", *expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "int16", "both-int8", "64", "8/none", "sgd/none", "none+64-both-int8",
+             "none+int8", "adamw/none+float32", "lora/none", "64-paper-int8"],
+)  # fmt: skip
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match="got"):
+        variants.parse(name)
+
+
+def test_all_variants_of_the_papers_tables_have_names():
+    for experiment in paper.EXPERIMENTS:
+        for own in paper.sweeps(experiment):
+            assert own.task in tasks.SHIPPED
+            for name in own.variants:
+                variants.parse(name)
+            assert len(set(own.variants)) == len(own.variants)
+
+
+# Baselines.
+
+
+def test_apollo_scales_rows_by_what_adam_does_to_a_sketch():
+    key, rank = jax.random.key(3), 4
+    params = {"w": jnp.ones((6, 9)), "b": jnp.ones(6)}
+    grads = [jax.tree.map(lambda p, i=i: jax.random.normal(jax.random.key(i), p.shape), params)
+             for i in range(3)]  # fmt: skip
+    tx = baselines.apollo(0.1, rank, lambda path, leaf: leaf.ndim == 2, key)
+    state, adam = tx.init(params), optax.adam(0.1)
+    adam_state = adam.init(params)
+    own = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
+    projection = np.asarray(jax.random.normal(own, (6, rank)), np.float64) / 2
+    first, second, norm = 0.0, 0.0, None
+    for i, g in enumerate(grads):
+        updates, state = tx.update(g, state, params)
+        expected, adam_state = adam.update(g, adam_state, params)
+        assert_allclose(updates["b"], expected["b"], rtol=1e-6)
+
+        wide = np.asarray(g["w"], np.float64).T
+        sketch = wide @ projection
+        first, second = 0.9 * first + 0.1 * sketch, 0.999 * second + 0.001 * sketch**2
+        own = first / (1 - 0.9 ** (i + 1)) / (np.sqrt(second / (1 - 0.999 ** (i + 1))) + 1e-6)
+        scaled = wide * (np.linalg.norm(own, axis=1) / np.linalg.norm(sketch, axis=1))[:, None]
+        now = np.linalg.norm(scaled)
+        if norm is not None and now > 1.01 * norm:
+            scaled, now = scaled * 1.01 * norm / now, 1.01 * norm
+        norm = now
+        assert_allclose(updates["w"], -0.1 * scaled.T, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [2, None], ids=["APOLLO", "Mini"])
+def test_apollo_takes_stacked_matrices_one_by_one(rank):
+    w = jax.random.normal(jax.random.key(0), (3, 8, 5))
+    key = jax.random.key(0)
+    tx = baselines.apollo(0.1, rank, lambda path, leaf: leaf.ndim > 1, key)
+    together, _ = tx.update({"w": w}, tx.init({"w": w}), {"w": w})
+    own = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
+    projections = np.asarray(jax.random.normal(own, (3, 5, rank or 1)))
+    # After one step Adam's part has entries of ±1, whatever the projection is.
+    for layer, updates, p in zip(w, together["w"], projections, strict=True):
+        sketch = np.asarray(layer) @ (p / np.sqrt(rank or 1))
+        axis = None if rank is None else 1
+        scale = np.sqrt(sketch.size if rank is None else rank) / np.linalg.norm(sketch, axis=axis)
+        scale = scale * np.sqrt(128) if rank is None else scale[:, None]
+        assert_allclose(updates, -0.1 * np.asarray(layer) * scale, rtol=1e-3)
+
+
+def test_adapters_begin_at_the_parameters_and_train_all_but_matrices():
+    params = {
+        "layers": {"up": jnp.ones((2, 6, 8)), "norm": jnp.ones((2, 6))},
+        "embed": jnp.ones((9, 6)),
+    }
+    own = baselines.adapt(params, 3, lambda path, leaf: path[-1].key == "up", jax.random.key(0))
+    assert jax.tree.structure(own.merge(own.trained, own.frozen)) == jax.tree.structure(params)
+    jax.tree.map(assert_array_equal, own.merge(own.trained, own.frozen), params)
+    shapes = jax.tree.map(jnp.shape, own.trained["adapters"])
+    assert shapes == {"['layers']['up']": {"a": (2, 6, 3), "b": (2, 3, 8)}}
+    assert own.trained["rest"].keys() == {"['embed']", "['layers']['norm']"}
+    w, a, b = (
+        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(6, 8), (6, 3), (3, 8)])
+    )
+    x = jnp.ones((4, 6))
+    assert_allclose(x @ baselines.Factored(w, a, b), x @ (w + a @ b), rtol=1e-5, atol=1e-5)
+
+
+# Tasks.
+
+
+def test_what_is_taken_out_of_a_row_is_what_is_to_be_filled_in():
+    class Tokenizer:
+        pad, eos = 0, 1
+
+    ids = np.arange(2, 130).reshape(1, 128).repeat(20, 0)
+    rows = tasks.corrupt(ids, Tokenizer, np.random.default_rng(0))
+    first_sentinel = tasks.VOCABULARY - 1
+    for source, target, row in zip(rows["source"], rows["target"], ids, strict=True):
+        assert source[-1] == target[-1] == Tokenizer.eos
+        gaps, current = {}, None
+        for token in target[:-1]:
+            if token > first_sentinel - tasks.SENTINELS:
+                current = gaps.setdefault(int(token), [])
+            else:
+                current.append(token)
+        restored = [t for s in source[:-1] for t in gaps.get(int(s), [s])]
+        assert_array_equal(restored, row)
+        assert sum(map(len, gaps.values())) == 18 and min(map(len, gaps.values())) >= 1
+    assert len({tuple(source) for source in rows["source"]}) == 20
+
+
+# Sweeps.
+
+
+def toy(updates=6):
+    data = {"x": np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)}
+    data["y"] = np.tanh(data["x"] @ np.random.default_rng(1).normal(size=(8, 3))).astype(np.float32)
+
+    def init(key, saved):
+        keys = jax.random.split(key, 2)
+        return {
+            "layers": {"up": jax.random.normal(keys[0], (2, 8, 8)) / 3, "scale": jnp.ones((2, 8))},
+            "head": jax.random.normal(keys[1], (8, 3)),
+        }
+
+    def losses(params, batch):
+        def layer(x, w):
+            return jnp.tanh(x @ w["up"]) * w["scale"], None
+
+        x, _ = jax.lax.scan(layer, batch["x"], params["layers"])
+        own = ((x @ params["head"] - batch["y"]) ** 2).mean(-1)
+        return own, jnp.ones(own.shape, bool)
+
+    return tasks.Task(
+        init=init,
+        losses=losses,
+        train=data,
+        validation=jax.tree.map(lambda x: x[:10], data),
+        test=jax.tree.map(lambda x: x[10:27], data),
+        matrices=lambda path, leaf: path[-1].key == "up",
+        is_stacked=lambda path, leaf: path[0].key == "layers",
+        unit="row",
+        micro_batch=2,
+        accumulate=3,
+        updates=updates,
+        learning_rates=(1e-2, 3e-2),
+        resample_every=2,
+    )
+
+
+@pytest.mark.parametrize("name", ["float32+float32", "none", "none-updates"])
+def test_a_sweep_is_its_runs_one_by_one(name):
+    task = toy()
+    outcome = sweep.run(sweep.prepare(task, name, task.learning_rates, 2))
+    count = {"none": 18}.get(name, 6)  # updates
+    for i, peak in enumerate(task.learning_rates):
+        for seed in range(2):
+            params = task.init(jax.random.key(seed), ())
+            order = np.random.default_rng(seed)
+            accumulate = 1 if name == "none-updates" else 3
+            rows = np.concatenate([order.permutation(40) for _ in range(2)])
+            rows = rows[: 6 * 2 * accumulate].reshape(count, -1)
+            rate = optax.warmup_cosine_decay_schedule(0.0, peak, 1, count)
+            opt = optax.adafactor(
+                rate, min_dim_size_to_factor=64, multiply_by_parameter_scale=False
+            )
+            if "+" in name:
+                opt = optax.chain(opt, optax.ema(0.9, debias=False))
+            opt = florax.per_layer(opt, task.is_stacked)
+            state = opt.init(params)
+
+            def loss(params, rows):
+                return task.losses(params, jax.tree.map(lambda x: x[rows], task.train))[0].mean()
+
+            for own in rows:
+                updates, state = opt.update(jax.grad(loss)(params, own), state, params)
+                params = optax.apply_updates(params, updates)
+            expected = task.losses(params, task.test)[0].mean()
+            # 18 steps at most, whose products of 8 terms round otherwise together: some 1e-5.
+            assert_allclose(outcome.test[i, seed], expected, rtol=1e-4)
+            got = jax.tree.map(lambda x, i=i, seed=seed: x[i, seed], outcome.params)
+            assert_allclose(task.losses(got, task.test)[0].mean(), outcome.test[i, seed], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["4-paper", "4-both-int8+4-int8", "int4", "bfloat16", "lora-2/float32+float32", "adamw/float32",
+     "galore-2/float32", "apollo-2/float32", "apollo-mini/none", "unfactored/3-both-float32"],
+)  # fmt: skip
+def test_every_kind_of_variant_learns(name):
+    task = toy(40)
+    before = task.losses(task.init(jax.random.key(0), ()), task.test)[0].mean()
+    prepared = sweep.prepare(task, name, (1e-2,), 1)
+    assert sweep.run(prepared).test[0, 0] < 0.9 * before
+    accumulator = prepared.bytes["accumulator_bytes"] / prepared.bytes["parameter_bytes"]
+    assert (accumulator == 0) == name.endswith("/none")
+    assert accumulator <= 1
+
+
+def test_rows_are_json(tmp_path):
+    for file in results.FOLDER.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            assert json.loads(line).keys() >= {"settings", "conditions", "commit", "command"}
