@@ -270,7 +270,9 @@ def test_a_sweep_is_its_runs_one_by_one(name):
             state = opt.init(params)
 
             def loss(params, rows):
-                return task.losses(params, jax.tree.map(lambda x: x[rows], task.train))[0].mean()
+                return task.losses(
+                    params, jax.tree.map(lambda x: jnp.asarray(x)[rows], task.train)
+                )[0].mean()
 
             @jax.jit
             def step(params, state, rows, opt=opt):
