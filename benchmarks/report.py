@@ -1,7 +1,7 @@
 """The tables of what was measured, as Markdown, from the JSON in the results folder.
 
     python benchmarks/report.py            # all tables
-    python benchmarks/report.py --write    # puts those that the READMEs show into them
+    python benchmarks/report.py --write    # puts those that the READMEs show into them, and draws
 
 A table a benchmark and workload, with the command of its last row; at the end a summary of all.
 """
@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from florax_benchmarks import pages, results, summary, tables
+from florax_benchmarks import pages, plots, results, summary, tables
 
 VARIED = ("method", "methods", "variant", "seed")  # along the rows of a table
 
@@ -26,6 +26,7 @@ def main(s: Settings) -> None:
         for page in pages.PAGES:
             path = results.REPOSITORY / page
             path.write_text(pages.fill(path.read_text(), s.results))
+        plots.draw(s.results, results.SCRIPTS / "plots")
         return
     for benchmark, table in tables.OF.items():
         groups: dict[str, dict[str, dict[str, Any]]] = {}

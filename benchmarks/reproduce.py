@@ -4,16 +4,16 @@
     python benchmarks/reproduce.py --experiment 1b --parts memory
     python benchmarks/reproduce.py --experiment 1b --parts full-size
 
-An experiment is a table of the paper (2a and 2b are its Table 2 for T5 and GPT-2, 1a and 1b the
-halves of Table 1), or `frontier`, which draws quality against bytes beyond it. `quality` trains
-small models in all variants (see quality.py), `memory` compiles steps of the paper's models (see
-footprint.py), and `full-size` runs the commands that examples/README.md has for this table.
-`report.py` prints what came out beside what the paper reports.
+An experiment is a table of the paper (1a and 1b are the halves of its Table 1, 2a and 2b its Table
+2 for T5 and GPT-2), its `figure-2`, or `frontier`, which draws quality against bytes beyond it.
+`quality` trains small models in all variants (see quality.py), `memory` compiles steps of the
+paper's models (see footprint.py), and `full-size` runs the commands that examples/README.md has for
+this table. `report.py` prints what came out beside what the paper reports.
 
 The folder DATA has the data sets by name: multi30k, tatoeba_deen and iwslt17_test for translation;
-scitldr and xsum for summarization; lm_imdb and lm_gutenberg; cifar100. MODELS has those that are
-fine-tuned: smollm2, made by examples/convert_gguf.py or of the hub, and t5, which
-`quality.py --task denoising --variants none+float32 --save MODELS/t5` makes.
+scitldr and xsum for summarization; lm_imdb and lm_gutenberg; cifar100. MODELS has the models that
+are fine-tuned: smollm2, made by examples/convert_gguf.py or of the hub, and t5, which `quality.py
+--task denoising --variants none+float32 --save MODELS/t5` makes.
 """
 
 import dataclasses
@@ -60,18 +60,11 @@ def learn(s: Settings, sweep: paper.Sweep) -> None:
     )
 
 
-def compile_steps(s: Settings, table: paper.Table) -> None:
-    for model, rows in table.rows.items():
-        width = footprint.models.SHAPES[model].width
-        names = [row.variant(width, table.momentum, table.unfactored) for row in rows]
-        names = [name for name in names if name in (s.variants or names)]
-        own = footprint.Settings(
-            model=model,
-            variants=tuple(n for n in names if not n.endswith("none-updates")),  # as `none`
-            results=s.results,
-            **table.models[model],
-        )
-        footprint.main(own)
+def compile_steps(s: Settings, own: paper.Footprint) -> None:
+    chosen = tuple(name for name in own.variants if name in (s.variants or own.variants))
+    footprint.main(
+        footprint.Settings(model=own.model, variants=chosen, results=s.results, **own.arguments)
+    )
 
 
 def run_at_full_size(s: Settings) -> None:
@@ -87,11 +80,9 @@ def run_at_full_size(s: Settings) -> None:
 
 
 def main(s: Settings) -> None:
-    table = paper.TABLES.get(s.experiment)
     if "memory" in s.parts:
-        if table is None:
-            sys.exit(f"error: parts=memory is for tables {', '.join(paper.TABLES)}")
-        compile_steps(s, table)
+        for own in paper.footprints(s.experiment):
+            compile_steps(s, own)
     if "quality" in s.parts:
         for sweep in paper.sweeps(s.experiment):
             if s.task in (None, sweep.task):

@@ -237,6 +237,11 @@ def paper_table(name: str, folder: Path) -> str:
             ]
             for i, row in enumerate(rows)
         ]
+        told = [any(column) for column in zip(*cells, strict=True)]
+        header, *cells = (
+            [cell for cell, shown in zip(row, told, strict=True) if shown]
+            for row in (header, *cells)
+        )
         parts.append(table(header, cells))
     return "\n\n".join(parts)
 
@@ -282,6 +287,38 @@ def _memory(folder: Path, own: paper.Table, model: str, rows: list[PaperRow]) ->
     ]
 
 
+def quality_table(experiment: str, folder: Path) -> str:
+    """What was trained for an experiment, a table a task."""
+    found: dict[str, list[Row]] = {}
+    for own in paper.sweeps(experiment):
+        for name in own.variants:
+            settings = {"task": own.task, "variant": name} | dict(own.changes)
+            row = results.latest(folder, "quality", settings)
+            if row and row not in found.setdefault(own.task, []):
+                found[own.task].append(row)
+    return "\n\n".join(tables.quality(rows) for rows in found.values() if rows) or "Not yet run."
+
+
+def memory_table(experiment: str, folder: Path) -> str:
+    """What was compiled for an experiment, in MiB."""
+    cells = []
+    for own in paper.footprints(experiment):
+        for name in own.variants:
+            settings = {"model": own.model, "layerwise": False, "variant": name}
+            row = results.latest(folder, "footprint", settings | dict(own.arguments))
+            if row is None or "error" in row:
+                continue
+            kept = row["settings"]
+            how = "layer by layer" if kept["layerwise"] else "plain"
+            if kept["checkpoint"] and not kept["layerwise"]:
+                how = "checkpointed"
+            names = ("parameter", "optimizer", "temporary", "peak")
+            sizes = [tables.mebibytes(row[f"{kind}_bytes"]) for kind in names]
+            cells.append([own.model, how, name, *sizes])
+    header = ["model", "step", "variant", "parameters", "state", "temporaries", "peak"]
+    return table(header, cells, 3) if cells else "Not yet run."
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "first": first,
     "bits": bits,
@@ -289,4 +326,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": summary.table,
     "figure-1": figure_1,
     **{f"table-{name}": partial(paper_table, name) for name in paper.TABLES},
+    **{f"quality-{name}": partial(quality_table, name) for name in paper.OTHERS},
+    **{f"memory-{name}": partial(memory_table, name) for name in paper.FOOTPRINTS},
 }

@@ -196,6 +196,14 @@ class Sweep(NamedTuple):
     changes: Mapping[str, Any] = MappingProxyType({})  # to the task's defaults
 
 
+class Footprint(NamedTuple):
+    """A model whose steps are compiled, and by which variants."""
+
+    model: str
+    variants: tuple[str, ...]
+    arguments: Mapping[str, Any]  # of `footprint`
+
+
 # Where the data and the models of the tasks are, in two folders of the user's.
 DATA = {
     "pretraining": ("lm_imdb", "lm_gutenberg"),
@@ -228,7 +236,21 @@ def sweeps(experiment: str) -> list[Sweep]:
             )
             for task, changes in table.tasks.items()
         ]
-    return OTHERS[experiment]
+    return OTHERS.get(experiment, [])
+
+
+def footprints(experiment: str) -> list[Footprint]:
+    """Whose memory is compiled for an experiment."""
+    if experiment not in TABLES:
+        return FOOTPRINTS.get(experiment, [])
+    table = TABLES[experiment]
+    found = []
+    for model, rows in table.rows.items():
+        names = (row.variant(MODEL_WIDTHS[model], table.momentum, table.unfactored) for row in rows)
+        # An accumulator that is none is the same, whatever it is compared at.
+        kept = tuple(name for name in names if not name.endswith("none-updates"))
+        found.append(Footprint(model, kept, table.models[model]))
+    return found
 
 
 def _frontier(width: int) -> tuple[str, ...]:
@@ -297,4 +319,44 @@ OTHERS = {
     ],
     "frontier": [Sweep(task, _frontier(WIDTHS[task])) for task in ("translation", "summarization")],
 }
-EXPERIMENTS = (*TABLES, *OTHERS)
+_VIT = ("none", "adamw/none", "none+float32", "none+256-paper", "none+256-int8")
+_C4 = {"batch": 16, "length": 256}
+_SEVEN = {"dtype": "bfloat16", "batch": 16, "length": 256, "checkpoint": True}
+_FIGURE_2 = (
+    "adamw/none",
+    "lora-64/none+float32",
+    "none+float32",
+    "none+256-paper",
+    "none+256-int8",
+)
+_LAYERWISE = tuple(name for name in _FIGURE_2 if not name.startswith("lora"))
+_FOUR = {"batch": 4, "source": 512, "length": 512}
+FOOTPRINTS = {
+    "5": [Footprint(model, _VIT, {"batch": 32} | PLAIN) for model in ("vit-base", "vit-large")],
+    "6": [
+        *(
+            Footprint(
+                model,
+                (
+                    "none", "adamw/none", "none+float32", f"galore-{rank}/none",
+                    f"apollo-{rank}/none", "apollo-mini/none", f"none+{rank}-paper",
+                    f"none+{rank}-int8",
+                ),
+                _C4 | PLAIN,
+            )
+            for model, rank in (("llama-60m", 128), ("llama-350m", 256))
+        ),
+        Footprint("llama-7b", ("none", "galore-1024/none", "none+256-paper"), _SEVEN),
+        Footprint(
+            "llama-7b",
+            ("none", "none+256-paper", "none+1024-paper", "none+1024-int8"),
+            _SEVEN | {"layerwise": True},
+        ),
+    ],
+    "figure-2": [
+        Footprint("t5-small", _FIGURE_2, _FOUR | PLAIN),
+        Footprint("t5-small", _FIGURE_2, _FOUR | DEEP),
+        Footprint("t5-small", _LAYERWISE, _FOUR | DEEP | {"layerwise": True}),
+    ],
+}  # fmt: skip
+EXPERIMENTS = (*TABLES, *OTHERS, "figure-2")

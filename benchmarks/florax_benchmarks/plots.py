@@ -1,0 +1,205 @@
+"""The pictures of the READMEs, of the rows in the results folder."""
+
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files, needs no display
+import matplotlib.pyplot as plt
+import numpy as np
+
+from florax_benchmarks import paper, results, variants
+from florax_benchmarks.tables import Row, state_bytes
+
+DECAY = variants.DECAY
+FAMILIES = {  # of variants, by what their names have: how each is drawn
+    "florax, both sides": ("tab:blue", "o"),
+    "florax, one side": ("tab:cyan", "s"),
+    "FLORA as published": ("tab:orange", "^"),
+    "full size": ("black", "D"),
+    "LoRA": ("tab:red", "v"),
+    "GaLore": ("tab:green", "P"),
+    "APOLLO": ("tab:olive", "X"),
+    "AdamW": ("tab:brown", "*"),
+    "none": ("tab:gray", "h"),
+}
+
+
+def family(name: str) -> str:
+    """Which of `FAMILIES` a variant belongs to."""
+    v = variants.parse(name)
+    for base, label in (("galore", "GaLore"), ("apollo", "APOLLO"), ("adamw", "AdamW")):
+        if v.base.startswith(base):
+            return label
+    if variants.has_adapters(v.base):
+        return "LoRA"
+    kinds = [buffer.kind for buffer in (v.accumulator, v.momentum) if buffer]
+    for kind, label in (
+        ("paper", "FLORA as published"),
+        ("both", "florax, both sides"),
+        ("smaller", "florax, one side"),
+    ):
+        if kind in kinds:
+            return label
+    return "full size" if kinds else "none"
+
+
+def frontier(rows: list[Row], path: Path, unit: str) -> None:
+    """Held-out loss against bytes, a line a family and dtype."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    groups: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for r in rows:
+        name = r["settings"]["variant"]
+        dtype = re.search(r"(int\d+|bfloat16)", name)
+        label = family(name), f" in {dtype[0]}" if dtype and "size" not in family(name) else ""
+        losses = r["losses"]
+        share = state_bytes(r) / r["parameter_bytes"]
+        spread = (max(losses) - min(losses)) / 2
+        groups.setdefault(label, []).append((share, statistics.mean(losses), spread))
+    floor = min(share for own in groups.values() for share, *_ in own if share) / 2
+    for (name, dtype), own in sorted(groups.items()):
+        color, marker = FAMILIES[name]
+        share, loss, spread = np.array(sorted(own)).T
+        style = {"": "-", " in int8": "-", " in int4": "--"}.get(dtype, ":")
+        axes.errorbar(
+            np.maximum(share, floor),
+            loss,
+            spread,
+            color=color,
+            marker=marker,
+            linestyle=style if len(own) > 1 else "",
+            label=name + dtype,
+            markersize=5,
+            linewidth=1,
+            capsize=2,
+        )
+    axes.set_xscale("log", base=2)
+    halvings = range(math.ceil(-math.log2(2 * floor)) + 1)
+    ticks = {floor: "0"} | {2.0**-i: f"1/{2**i}" if i else "1" for i in halvings}
+    axes.set_xticks([*ticks], [*ticks.values()])
+    axes.set(
+        xlabel="bytes of accumulator and optimizer state, of those of the parameters",
+        ylabel=f"held-out loss, nats a {unit}",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def pilot(rows: list[Row], path: Path) -> None:
+    """Figure 1: training losses, the means of the seeds."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    labels = {"full": "SGD", "lora": "LoRA", "lora_b": "LoRA(B)", "rp": "RP", "rrp": "RRP"}
+    for method, label in labels.items():
+        losses = np.array([r["methods"][method]["training"] for r in rows])
+        steps = np.array(rows[0]["examples"]) / 1000
+        (line,) = axes.plot(steps, losses.mean(0), "o-", markersize=3, linewidth=1, label=label)
+        low, high = losses.min(0), losses.max(0)
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="thousand images seen", ylabel="training loss, nats an image", ylim=(0.4, 0.9))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def kappas(rows: list[Row], path: Path) -> None:
+    """Table 3: losses against how often projections are resampled, and where they must diverge."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, ending in (("FLORA as published", "paper"), ("cosine, with residual", "float32")):
+        own = [r for r in rows if r["settings"]["variant"].endswith(f"-{ending}")]
+        points = sorted(
+            (r["settings"]["resample_every"], statistics.mean(r["losses"])) for r in own
+        )
+        axes.plot(*np.array(points).T, "o-", label=label)
+    for name, label in (("none", "no momentum"), ("none+float32", "full size")):
+        for r in (r for r in rows if r["settings"]["variant"] == name):
+            color = "gray" if name == "none" else "black"
+            axes.axhline(statistics.mean(r["losses"]), linestyle="--", color=color, label=label)
+    width, rank = paper.WIDTHS["pretraining"], paper.KAPPA_RANK
+    bound = math.log(1 + (width + 1) / rank) / (2 * math.log(1 / DECAY))
+    axes.axvline(bound, color="tab:red", linestyle=":", label=f"bound: κ > {bound:.1f}")
+    axes.set(xscale="log", xlabel="κ, updates that share a projection", ylabel="held-out loss")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def stacked(rows: list[Row], path: Path) -> None:
+    """Figure 2: what the step of each variant holds at its peak."""
+    kinds = {
+        "parameters": ("parameter_bytes", "adapter_bytes"),
+        "optimizer state": ("optimizer_bytes", "accumulator_bytes"),
+        "gradients and activations": ("temporary_bytes",),
+    }
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    bottom, places = np.zeros(len(rows)), np.arange(len(rows))
+    for kind, names in kinds.items():
+        sizes = np.array([sum(r[name] for name in names) for r in rows]) / 2**20
+        axes.barh(places, sizes, left=bottom, label=kind)
+        bottom += sizes
+    axes.set_yticks(places, [_step(r["settings"]) for r in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="MiB")
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def _step(settings: dict[str, Any]) -> str:
+    how = "checkpointed" if settings["checkpoint"] else "plain"
+    return f"{settings['variant']}, {'layer by layer' if settings['layerwise'] else how}"
+
+
+def save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw(folder: Path, into: Path) -> None:
+    """All pictures that there are results for."""
+    rows = [r for r in results.read(folder, "pilot") if r["settings"]["steps"] == 4000]
+    if rows:
+        pilot([*{r["settings"]["seed"]: r for r in rows}.values()], into / "pilot.png")
+    quality = results.read(folder, "quality")
+    newest = {str(r["settings"] | {"learning_rates": 0, "seeds": 0}): r for r in quality}
+    own = [r for r in newest.values() if r["settings"]["task"] == "bytes"]
+    own = [r for r in own if r["settings"]["accumulate"] == 16]
+    if own:
+        frontier(own, into / "bytes.png", "byte")
+    for sweep in (*paper.OTHERS["frontier"], *paper.OTHERS["6"]):
+        own = [
+            r
+            for r in newest.values()
+            if r["settings"]["task"] == sweep.task and r["settings"]["variant"] in sweep.variants
+        ]
+        if own:
+            frontier(own, into / f"{sweep.task}.png", "token")
+    own = [
+        r
+        for sweep in paper.OTHERS["3"]
+        for r in newest.values()
+        if r["settings"]["variant"] in sweep.variants
+        and {"task": sweep.task, **sweep.changes}.items() <= r["settings"].items()
+    ]
+    if any(r["settings"]["variant"].endswith("-paper") for r in own):
+        kappas(own, into / "kappa.png")
+    own = [
+        row
+        for footprint in paper.FOOTPRINTS["figure-2"]
+        for name in footprint.variants
+        if (
+            row := results.latest(
+                folder,
+                "footprint",
+                {"model": footprint.model, "variant": name, "layerwise": False}
+                | dict(footprint.arguments),
+            )
+        )
+        and "error" not in row
+    ]
+    if own:
+        stacked(own, into / "footprint.png")
