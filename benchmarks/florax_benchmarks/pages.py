@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from florax_benchmarks import paper, results, summary, tables
-from florax_benchmarks.paper import Row as PaperRow
+from florax_benchmarks import claims, paper, results, summary, tables
 from florax_benchmarks.summary import LLAMA, LLAMA_1024, T5, XL16, XL32, Figures, beyond, peak
 from florax_benchmarks.tables import Row, table
 
@@ -222,8 +221,8 @@ def paper_table(name: str, folder: Path) -> str:
     parts = []
     for number, (model, rows) in enumerate(own.rows.items()):
         tasks = own.tasks if number == 0 else {}
-        scores = {task: _scores(folder, own, task, rows) for task in tasks}
-        memory = _memory(folder, own, model, rows)
+        scores = {task: claims.scores_of(folder, own, task) for task in tasks}
+        peaks = claims.peaks_of(folder, own, model)
         header = ["method", "r ÷ width", f"paper, {model}", "ΔM, GiB"]
         header += [f"{task}: {own.scores[task]}" for task in tasks] + ["ΔM here, GiB"]
         cells = [
@@ -232,10 +231,10 @@ def paper_table(name: str, folder: Path) -> str:
                 str(row.share or ""),
                 "" if row.score is None else f"{row.score:g}",
                 "" if row.memory is None else f"{row.memory:.2f}",
-                *(scores[task][i] for task in tasks),
-                memory[i],
+                *(_spread(scores[task].get((row.method, row.share))) for task in tasks),
+                _delta(peaks.get((row.method, row.share)), peaks.get(("none", None))),
             ]
-            for i, row in enumerate(rows)
+            for row in rows
         ]
         told = [any(column) for column in zip(*cells, strict=True)]
         header, *cells = (
@@ -246,6 +245,18 @@ def paper_table(name: str, folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def _spread(values: list[float] | None) -> str:
+    if values is None:
+        return ""
+    return f"{statistics.mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
+
+
+def _delta(peak: int | None, floor: int | None) -> str:
+    if peak is None or floor is None:
+        return ""
+    return f"{(peak - floor) / 2**30:.2f}".replace("-0.00", "0.00")
+
+
 LABELS = {
     "none": "none, as many examples",
     "none-updates": "none, as many updates",
@@ -254,37 +265,6 @@ LABELS = {
     "paper": "FLORA as published",
     "florax": "florax, 8 bits",
 }
-
-
-def _scores(folder: Path, own: paper.Table, task: str, rows: list[PaperRow]) -> list[str]:
-    def cell(row: PaperRow) -> str:
-        name = row.variant(paper.WIDTHS[task], own.momentum, own.unfactored)
-        settings = {"task": task, "variant": name} | dict(own.tasks[task])
-        found = results.latest(folder, "quality", settings)
-        if found is None:
-            return ""
-        values = found["scores"][own.scores[task]]
-        spread = (max(values) - min(values)) / 2
-        return f"{statistics.mean(values):.1f} ± {spread:.1f}"
-
-    return list(map(cell, rows))
-
-
-def _memory(folder: Path, own: paper.Table, model: str, rows: list[PaperRow]) -> list[str]:
-    width = paper.MODEL_WIDTHS[model]
-    settings = {"model": model, "layerwise": False} | dict(own.models[model])
-
-    def peak_of(name: str) -> int | None:
-        row = results.latest(folder, "footprint", settings | {"variant": name})
-        return row["peak_bytes"] if row and "error" not in row else None
-
-    floor = peak_of("unfactored/none" if own.unfactored else "none")
-    names = [row.variant(width, own.momentum, own.unfactored) for row in rows]
-    peaks = [None if name.endswith("none-updates") else peak_of(name) for name in names]
-    return [
-        "" if floor is None or x is None else f"{(x - floor) / 2**30:.2f}".replace("-0.00", "0.00")
-        for x in peaks
-    ]
 
 
 def quality_table(experiment: str, folder: Path) -> str:
@@ -325,6 +305,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "real": real,
     "summary": summary.table,
     "figure-1": figure_1,
+    "claims": claims.block,
     **{f"table-{name}": partial(paper_table, name) for name in paper.TABLES},
     **{f"quality-{name}": partial(quality_table, name) for name in paper.OTHERS},
     **{f"memory-{name}": partial(memory_table, name) for name in paper.FOOTPRINTS},

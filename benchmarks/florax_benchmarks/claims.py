@@ -1,0 +1,143 @@
+"""What FLORA's paper claims, and whether it holds in the results: one line of a table each."""
+
+import itertools
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from florax_benchmarks import paper, results
+from florax_benchmarks.tables import Row, table
+
+NEAR = {"BLEU": 0.5, "rougeL": 0.3}  # of full size, that half of the width must come
+
+
+def block(folder: Path) -> str:
+    lines = [*_pilot(folder), *_memory(folder)]
+    for name, own in paper.TABLES.items():
+        for task in own.tasks:
+            lines += _quality(folder, name, task)
+    lines += _kappas(folder)
+    return table(["claim", "where", "holds", "figures"], lines, 4)
+
+
+def _pilot(folder: Path) -> Iterator[list[str]]:
+    rows = [r for r in results.read(folder, "pilot") if r["settings"]["steps"] == 4000]
+    if not rows:
+        return
+    losses = {
+        method: [r["methods"][method]["training"][-1] for r in rows]
+        for method in rows[0]["methods"]
+    }
+    means = {method: statistics.mean(own) for method, own in losses.items()}
+    spread = max(max(losses[m]) - min(losses[m]) for m in ("lora_b", "rp"))
+    apart = abs(means["lora_b"] - means["rp"])
+    yield [
+        "LoRA(B) is a random projection",
+        "Figure 1",
+        _verdict(apart <= spread),
+        f"{means['lora_b']:.3f} and {means['rp']:.3f}, seeds within {spread:.3f}",
+    ]
+    recovered = (means["rp"] - means["rrp"]) / (means["rp"] - means["full"])
+    yield [
+        "resampling recovers most of SGD",
+        "Figure 1",
+        _verdict(recovered > 0.5),
+        f"{recovered:.0%} of what the fixed projection loses",
+    ]
+
+
+def _memory(folder: Path) -> Iterator[list[str]]:
+    for name, own in paper.TABLES.items():
+        below, found = 0, 0
+        for model, rows in own.rows.items():
+            peaks = peaks_of(folder, own, model)
+            floor = peaks.get(("none", None))
+            for row in (r for r in rows if r.method == "paper" and r.memory is not None):
+                florax = peaks.get(("florax", row.share))
+                if floor is not None and florax is not None and row.memory is not None:
+                    found += 1
+                    below += (florax - floor) / 2**30 < row.memory
+        if found:
+            yield [
+                "ΔM of florax is below the paper's of FLORA",
+                f"Table {name}",
+                _verdict(below == found),
+                f"{below} of {found} rows",
+            ]
+
+
+def peaks_of(folder: Path, own: paper.Table, model: str) -> dict[Any, int]:
+    """Peaks of the compiled steps, by method and share of the width."""
+    settings = {"model": model, "layerwise": False} | dict(own.models[model])
+    found = {}
+    for row in own.rows[model]:
+        name = row.variant(paper.MODEL_WIDTHS[model], own.momentum, own.unfactored)
+        if row.method == "none-updates":  # whose step is that of none
+            continue
+        measured = results.latest(folder, "footprint", settings | {"variant": name})
+        if measured and "error" not in measured:
+            found[row.method, row.share] = measured["peak_bytes"]
+    return found
+
+
+def scores_of(folder: Path, own: paper.Table, task: str) -> dict[Any, list[float]]:
+    """Scores of the seeds, by method and share of the width."""
+    found = {}
+    for row in next(iter(own.rows.values())):
+        name = row.variant(paper.WIDTHS[task], own.momentum, own.unfactored)
+        settings = {"task": task, "variant": name} | dict(own.tasks[task])
+        if measured := results.latest(folder, "quality", settings):
+            found[row.method, row.share] = measured["scores"][own.scores[task]]
+    return found
+
+
+def _quality(folder: Path, name: str, task: str) -> Iterator[list[str]]:
+    own = paper.TABLES[name]
+    scores = scores_of(folder, own, task)
+    means = {key: statistics.mean(values) for key, values in scores.items()}
+    where, near = f"Table {name}, {task}", NEAR[own.scores[task]]
+    for method in ("paper", "florax"):
+        ranks = sorted((share, key) for key in means if (share := key[1]) and key[0] == method)
+        if len(ranks) > 1:
+            values = [means[key] for _, key in ranks]
+            slack = max(max(scores[key]) - min(scores[key]) for _, key in ranks) / 2
+            grows = all(b > a - slack for a, b in itertools.pairwise(values))
+            label = "FLORA" if method == "paper" else "florax"
+            told = ", ".join(f"{x:.1f}" for x in values)
+            yield [f"{label}: quality grows with the rank", where, _verdict(grows), told]
+            top, naive = ranks[-1][1], means.get(("naive", None))
+            if naive is not None:
+                apart = means[top] - naive
+                claim = f"{label}: the largest rank is within {near} of full size"
+                yield [claim, where, _verdict(apart >= -near), f"{apart:+.1f}"]
+    pairs = [
+        (means["paper", s], means["lora", s])
+        for m, s in means
+        if m == "paper" and ("lora", s) in means
+    ]
+    if pairs:
+        told = ", ".join(f"{a - b:+.1f}" for a, b in pairs)
+        above = all(a > b for a, b in pairs)
+        yield ["every rank of FLORA is above LoRA's", where, _verdict(above), told]
+
+
+def _kappas(folder: Path) -> Iterator[list[str]]:
+    rows: dict[tuple[str, int], Row] = {}
+    for sweep in paper.OTHERS["3"]:
+        for name in sweep.variants:
+            settings = {"task": sweep.task, "variant": name} | dict(sweep.changes)
+            if row := results.latest(folder, "quality", settings):
+                rows[name, row["settings"]["resample_every"]] = row
+    none = next((r for (name, _), r in rows.items() if name == "none"), None)
+    cosine = [r for (name, _), r in rows.items() if name.endswith("-float32")]
+    if none and cosine:
+        limit = max(none["losses"])
+        worst = max(statistics.mean(r["losses"]) for r in cosine)
+        told = f"at worst {worst:.3f}; none {statistics.mean(none['losses']):.3f}"
+        claim = "with cosine and residual no κ is worse than no momentum"
+        yield [claim, "Table 3", _verdict(worst <= limit), told]
+
+
+def _verdict(holds: bool) -> str:
+    return "yes" if holds else "**no**"
