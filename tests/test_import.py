@@ -21,6 +21,7 @@ PUBLIC_NAMES = {
     "has_updated",
     "per_layer",
     "state_report",
+    "state_shardings",
     "value_and_grad",
     "value_and_update",
 }

@@ -150,7 +150,13 @@ def stacked(rows: list[Row], path: Path) -> None:
 
 def _step(settings: dict[str, Any]) -> str:
     how = "checkpointed" if settings["checkpoint"] else "plain"
-    return f"{settings['variant']}, {'layer by layer' if settings['layerwise'] else how}"
+    how = "layer by layer" if settings["layerwise"] else how
+    v = variants.parse(settings["variant"])
+    rank = v.base_rank or (v.momentum and v.momentum.rank)
+    dtype = f" in {v.momentum.dtype}" if v.momentum and v.momentum.kind == "smaller" else ""
+    of_rank = f", r = {rank}" if rank else ""
+    name = family(settings["variant"]).replace("full size", "full-size momentum")
+    return f"{name}{dtype}{of_rank}; {how}"
 
 
 def save(figure: Any, path: Path) -> None:

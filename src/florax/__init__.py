@@ -12,6 +12,7 @@ from florax._momentum import FloraMomentumState as FloraMomentumState
 from florax._momentum import flora_momentum as flora_momentum
 from florax._report import gradient_report as gradient_report
 from florax._report import state_report as state_report
+from florax._shardings import state_shardings as state_shardings
 from florax._sketches import Sketch as Sketch
 from florax._stacks import per_layer as per_layer
 from florax._value_and_grad import value_and_grad as value_and_grad

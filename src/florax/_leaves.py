@@ -132,8 +132,14 @@ class Leaf:
 
     def compress(self, grad: jax.Array, projection: jax.Array) -> jax.Array:
         """Sketch a gradient of the leaf's shape: `(*batch, *rows, rank)`, float32 at least."""
-        projection = _meshes.divide(projection, _meshes.division(grad, self.batch))
-        return _projection.compress(grad, projection, self.columns, self.batch)
+        stack, rows, columns = (
+            _meshes.division(grad, own) for own in (self.batch, self.rows, self.columns)
+        )
+        # Divided along the axes that are summed over, as the gradient is, so that the sketch is
+        # what is summed over devices; else XLA may bring the whole gradient together.
+        projection = _meshes.divide(projection, (*stack, None, *columns))
+        sharding = _meshes.spec((*stack, *rows, None)) if _meshes.is_explicit(grad) else None
+        return _projection.compress(grad, projection, self.columns, self.batch, sharding)
 
     def decompress(
         self, sketch: jax.Array, projection: jax.Array, like: jax.Array | None = None

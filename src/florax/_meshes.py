@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 T = TypeVar("T")
@@ -39,6 +40,35 @@ def divide(array: jax.Array, along: Division) -> jax.Array:
     if all(axis is None for axis in along):
         return array
     return _reshard(array, along)
+
+
+def zeros(
+    shape: Sequence[int],
+    dtype: jax.typing.DTypeLike,
+    like: jax.Array,
+    axes: Sequence[int],
+    along: Division | None = None,
+) -> jax.Array:
+    """Zeros whose first axes are divided among devices as the `axes` of `like` are.
+
+    The first axes have the sizes of those. On an explicit mesh they may be divided by `along`.
+    """
+    if is_explicit(like) or varying(like) or not _may_be_divided(like):
+        along = division(like, axes) if along is None else along
+        return divide(varying_as(jnp.zeros(shape, dtype), like), along)
+    # Where types say nothing, XLA divides a result as what it is computed from is divided.
+    others = [axis for axis in range(like.ndim) if axis not in axes]
+    for axis in others:
+        like = jax.lax.slice_in_dim(like, 0, 1, axis=axis)
+    first = like.transpose(*axes, *others)
+    first = first.reshape(*first.shape[: len(axes)], *[1] * (len(shape) - len(axes)))
+    return jnp.broadcast_to(jnp.where(False, first != first, False), shape).astype(dtype)
+
+
+def _may_be_divided(array: Any) -> bool:
+    if not isinstance(array, jax.Array) or not array.size:
+        return False
+    return isinstance(array, jax.core.Tracer) or len(array.sharding.device_set) > 1
 
 
 def divide_as(array: jax.Array, like: jax.Array) -> jax.Array:

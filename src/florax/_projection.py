@@ -8,7 +8,7 @@ column axes. Its projection A has shape `(rank, *columns)` and its sketch C = G 
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,7 @@ def compress(
     projection: jax.Array,
     columns: tuple[int, ...] | None = None,
     batch: tuple[int, ...] = (),
+    out_sharding: Any = None,
 ) -> jax.Array:
     """Sketch `matrix` as G Aᵀ: contract its `columns` axes (the last ones) with those of A.
 
@@ -132,6 +133,7 @@ def compress(
         projection.astype(matrix.dtype),
         ((columns, last), (batch, stack)),
         preferred_element_type=jnp.promote_types(matrix.dtype, jnp.float32),
+        out_sharding=out_sharding,
     )
 
 

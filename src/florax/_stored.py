@@ -92,23 +92,21 @@ def zeros(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, like: jax.Array, axes: Sequence[int]
 ) -> Stored:
     """Zeros whose first axes are divided among devices as the `axes` of `like` are."""
-    along = _meshes.division(like, axes)
     own = jnp.dtype(dtype)
     if own not in _INTEGERS:
-        return _meshes.divide(_meshes.varying_as(jnp.zeros(shape, dtype), like), along)
+        return _meshes.zeros(shape, dtype, like, axes)
     lead = len(shape)
     while lead and (lead == len(shape) or math.prod(shape[lead:]) < _SHORT):
         lead -= 1
     trail, bits = shape[lead:], _INTEGERS[own]
     blocks, per_block = _cut(math.prod(trail), bits)
-    arrays = (
-        jnp.zeros((*shape[:lead], blocks * per_block), jnp.uint32),
-        jnp.zeros((*shape[:lead], blocks), jnp.float32),
-    )
-    along = (*along, None)[: lead + 1]
+    along = (*_meshes.division(like, axes), None)[: lead + 1]
     if len(trail) != 1 or (lead < len(along) and blocks % _meshes.parts(like, along[lead])):
         along = along[:lead]
-    words, scales = (_meshes.divide(_meshes.varying_as(x, like), along) for x in arrays)
+    words, scales = (
+        _meshes.zeros((*shape[:lead], size), kind, like, axes[:lead], along)
+        for size, kind in ((blocks * per_block, jnp.uint32), (blocks, jnp.float32))
+    )
     return Quantized(words, scales, trail, bits)
 
 
