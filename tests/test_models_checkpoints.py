@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -346,6 +347,99 @@ def test_a_missing_shard_and_a_bad_index_are_named(untied, tmp_path):
     (tmp_path / "model" / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"index\.json has no weight_map"):
         checkpoints.load(tmp_path / "model", GPT2)
+
+
+# What no program wrote: any damage is refused in a sentence, or does none.
+
+STRANGE = [
+    *(0, 1, -1, 2, 7, 10**6, 10**12, -(10**12), 1.5, float("nan"), 1e308, True, None),
+    *("", "x", "relu", "../x", [], [1, 2], [10**12], [2**62, 4], [-1, 3], {}, {"a": 1}),
+]
+
+
+def strange_config(folder, random):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in random.sample(sorted(config), 2):
+        config[name] = random.choice(STRANGE)
+    path.write_text(json.dumps(config))
+
+
+def strange_header(folder, random):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    kind = random.choice(["length", "bytes", "end", "field", "field"])
+    if kind == "length":
+        length = random.choice([0, 1, size - 1, size + 1, 2**40, 2**63, 2**64 - 1])
+        content[:8] = length.to_bytes(8, "little")
+    elif kind == "bytes":
+        for _ in range(random.randint(1, 4)):
+            content[8 + random.randrange(size)] = random.randrange(256)
+    elif kind == "end":
+        content = content[: random.randrange(len(content))]
+    else:
+        header = json.loads(bytes(content[8 : 8 + size]))
+        name = random.choice(sorted(header.keys() - {"__metadata__"}))
+        field = random.choice(["shape", "data_offsets", "dtype"])
+        header[name][field] = random.choice([*STRANGE, "F64", "I8"])
+        text = json.dumps(header).encode()
+        content = len(text).to_bytes(8, "little") + text + bytes(content[8 + size :])
+    path.write_bytes(bytes(content))
+
+
+def strange_index(folder, random):
+    path = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    names = list(safetensors.numpy.load_file(folder / "a.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
+    strange = [*STRANGE, "/etc/passwd", "../model/a.safetensors", "a/b", ".", ".."]
+    kind = random.randrange(5)
+    if kind == 0:
+        index = random.choice(strange)
+    elif kind == 1:
+        index["weight_map"] = random.choice(strange)
+    else:
+        index["weight_map"][random.choice(names)] = random.choice(strange)
+    path.write_text(json.dumps(index))
+
+
+def damage_and_load(seed, pristine, parent):
+    own = Random(seed)
+    folder = parent / f"model {seed}"
+    shutil.copytree(pristine, folder)
+    own.choice([strange_config, strange_header, strange_index])(folder, own)
+    try:
+        checkpoints.load(folder, GPT2)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    shutil.rmtree(folder)
+
+
+def test_any_damage_to_a_folder_is_said_in_a_sentence(pristine, tmp_path):
+    for seed in range(50):
+        damage_and_load(seed, pristine, tmp_path)
+
+
+@pytest.mark.slow
+def test_much_damage_to_a_folder_is_said_in_a_sentence(pristine, tmp_path):
+    for seed in range(50, 1050):
+        damage_and_load(seed, pristine, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/model.safetensors", "a/b", "..", ""])
+def test_an_index_names_nothing_outside_of_its_folder(name, folder):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"transformer.wte.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"names {name!r}, which is no file beside it"):
+        checkpoints.load(folder, GPT2)
+
+
+def test_no_model_is_built_of_more_layers_than_there_are_tensors(folder):
+    reconfigure(folder, n_layer=10**12)
+    with pytest.raises(CheckpointError, match=r"tensors, too few for n_layer=1000000000000$"):
+        checkpoints.load(folder, GPT2)
 
 
 def test_architecture_stands_in_for_an_absent_type(untied, folder):

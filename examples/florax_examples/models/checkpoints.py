@@ -141,7 +141,14 @@ def load(
                 model.stack()
             return model
 
-        model = nnx.eval_shape(build_in_form)
+        _check_layers(folder, config, found)
+        try:
+            model = nnx.eval_shape(build_in_form)
+        except (TypeError, ValueError, OverflowError) as error:  # of sizes that no array has
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"{folder / CONFIG} describes a model that cannot be built: {reason}"
+            ) from error
         places = _places(model)
         drawn = _draw(build, fresh) if fresh else {}
         _check(folder, {name: place for name, place in places.items() if name not in drawn}, found)
@@ -409,6 +416,11 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        for name in weight_map.values():
+            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                raise CheckpointError(
+                    f"{folder / INDEX} names {name!r}, which is no file beside it"
+                )
         return [folder / name for name in sorted(set(weight_map.values()))]
     others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
     also = f"; {_shorten(others)} cannot be read, only safetensors can" if others else ""
@@ -425,6 +437,16 @@ def _settle_tie(config: Any, found: dict[str, _Tensor]) -> Any:
     if tied:
         del found[HEAD]
     return dataclasses.replace(config, tie_word_embeddings=tied)
+
+
+def _check_layers(folder: Path, config: Any, found: Mapping[str, _Tensor]) -> None:
+    """Before a model of as many layers is built, be it of shapes only."""
+    for field in dataclasses.fields(config):
+        count = getattr(config, field.name)
+        if "layer" in field.name and isinstance(count, int) and count > len(found):
+            raise CheckpointError(
+                f"{folder} has {len(found)} tensors, too few for {field.name}={count}"
+            )
 
 
 def _check(folder: Path, places: Mapping[str, _Place], found: Mapping[str, _Tensor]) -> None:

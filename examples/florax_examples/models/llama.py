@@ -89,6 +89,8 @@ class LlamaConfig:
             raise ValueError(f"hidden_act must be 'silu', got {activation!r}")
         given = known_settings(cls, config)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters cannot be {rope!r}")
         given["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
         given["rope_scaling"] = None
         kind = rope.get("rope_type", rope.get("type", "default"))

@@ -5,6 +5,8 @@ vocabulary.
 """
 
 import dataclasses
+import types
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +20,36 @@ from florax_examples.models.cache import Cache
 
 
 def known_settings(config_class: type, config: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json says of the fields of `config_class`, with tuples for its lists."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    given = {name: value for name, value in config.items() if name in names}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    """What a config.json says of the fields of `config_class`, with tuples for its lists.
+
+    Raises:
+      ValueError: a value is of another type than its field, or a size is not positive.
+    """
+    kinds = typing.get_type_hints(config_class)
+    names = [field.name for field in dataclasses.fields(config_class) if field.name in config]
+    given = {k: tuple(v) if isinstance(v := config[k], list) else v for k in names}
+    for name, value in given.items():
+        if not any(_is(value, kind) for kind in _alternatives(kinds[name])):
+            raise ValueError(f"{name} cannot be {value!r}")
+        is_size = isinstance(value, int) and not isinstance(value, bool)
+        if is_size and value < 1 and not name.endswith("_token_id"):
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return given
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON, with tuples for lists, is of a field's type."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(x, typing.get_args(kind)[0]) for x in value)
+    if kind in (int, float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and abs(value) < 2**127  # as float32 does; what is no number does not
+        return fits and (kind is float or isinstance(value, int))
+    return isinstance(value, kind)
 
 
 class Transformer(nnx.Module):

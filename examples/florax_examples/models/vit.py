@@ -67,9 +67,12 @@ class ViTConfig:
         """Read a config.json as transformers 4 or 5 wrote it; dropout is left out."""
         if (activation := config.get("hidden_act", "gelu")) != "gelu":
             raise ValueError(f"hidden_act must be 'gelu', got {activation!r}")
-        given = known_settings(cls, config)
-        if (labels := given.pop("id2label", None)) is None:
+        labels = config.get("id2label")  # there by number, here in their order
+        given = known_settings(cls, {k: v for k, v in config.items() if k != "id2label"})
+        if labels is None:
             given.setdefault("num_labels", 2)  # as transformers has it
+        elif not isinstance(labels, dict):
+            raise ValueError(f"id2label cannot be {labels!r}")
         else:
             given["num_labels"] = len(labels)
             ordered = sorted((int(label), name) for label, name in labels.items())
