@@ -151,6 +151,11 @@ def write(
     `rows` numbers the places before the last axis, if the array is a part of a larger one.
     """
     if not isinstance(like, Quantized):
+        own = jnp.finfo(like.dtype)  # type: ignore[no-untyped-call]
+        if own.maxexp < 128:  # float16: less than float32 has
+            # A sketch may be larger than what it is of. Infinities in it would come back as NaN.
+            held = jnp.clip(value, -float(own.max), float(own.max))
+            value = jnp.where(jnp.isfinite(value), held, value)
         if key is None:
             return value.astype(like.dtype)
         return stochastic_round(value, like.dtype, key)
