@@ -1,16 +1,21 @@
 """A state is plain arrays and static settings: saved and restored, training goes on bit for bit."""
 
+import contextlib
 import functools
 import pickle
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 
 import florax
+
+with contextlib.suppress(ImportError):  # it knows of states that are made after it was imported
+    import flax.serialization  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -33,6 +38,16 @@ TRANSFORMATIONS = {
         accumulator_dtype=jnp.bfloat16,
     ),
     "flora": florax.flora(0.1, **MOMENTUM),
+    "momentum_int8": florax.flora_momentum(
+        **MOMENTUM, projection="cosine", residual=True, accumulator_dtype=jnp.int8
+    ),
+    "accumulate_both_sides_int4": florax.flora_accumulate(
+        optax.adam(0.1),
+        **ACCUMULATE,
+        projection="cosine",
+        side="both",
+        accumulator_dtype=jnp.int4,
+    ),
 }
 PARAMS = {"bias": jnp.arange(8.0), "layer": [{"kernel": jnp.sin(jnp.arange(96.0)).reshape(12, 8)}]}
 
@@ -72,8 +87,29 @@ def with_pickle(params, state, directory):
     return pickle.loads((directory / "step").read_bytes())
 
 
+def with_savez(params, state, directory):
+    leaves, treedef = jax.tree.flatten((params, state))
+    np.savez(directory / "step.npz", *leaves)
+    with np.load(directory / "step.npz") as file:
+        loaded = [file[f"arr_{i}"] for i in range(len(leaves))]
+    # To NumPy's files bfloat16 is two bytes without a name.
+    return treedef.unflatten(x.view(own.dtype) for x, own in zip(loaded, leaves, strict=True))
+
+
+def with_flax(params, state, directory):
+    serialization = pytest.importorskip("flax.serialization")
+    (directory / "step").write_bytes(serialization.to_bytes((params, state)))
+    return serialization.from_bytes((params, state), (directory / "step").read_bytes())
+
+
 @pytest.mark.parametrize(
-    "save_and_restore", [with_orbax, pytest.param(with_pickle, marks=pytest.mark.slow)]
+    "save_and_restore",
+    [
+        with_orbax,
+        with_savez,
+        pytest.param(with_pickle, marks=pytest.mark.slow),
+        pytest.param(with_flax, marks=pytest.mark.slow),
+    ],
 )
 def test_training_goes_on_bit_for_bit_from_the_middle_of_a_cycle(tx, save_and_restore, tmp_path):
     middle = train(tx, PARAMS, tx.init(PARAMS), range(1, 6))  # κ = 2 and τ = 3 do not divide 5
