@@ -236,6 +236,7 @@ def paper_table(name: str, folder: Path) -> str:
             ]
             for row in rows
         ]
+        cells = [row for row in cells if any(row[2:])]
         told = [any(column) for column in zip(*cells, strict=True)]
         header, *cells = (
             [cell for cell, shown in zip(row, told, strict=True) if shown]
