@@ -29,13 +29,11 @@ class Settings:
     model: str | None = None  # folder of the model that summarization and t5 fine-tune
     seeds: int = 3  # of weights, order of the data and projections
     learning_rates: tuple[float, ...] = ()  # to choose from; by default the task's own
-    updates: int | None = None  # of the optimizer; None: the task's own, as below
+    updates: int | None = None  # of the optimizer; None: the task's own, as the next three
     micro_batch: int | None = None  # examples of a micro-batch
     accumulate: int | None = None  # micro-batches an update
     resample_every: int | None = None  # updates that share a projection of the momentum
-    save: Path | None = (
-        None  # folder for the weights of the last variant's first seed, of denoising
-    )
+    save: Path | None = None  # folder for denoising's weights, of the first seed
     results: Path = results.FOLDER  # folder for the JSON; what it has is not measured again
 
     def __post_init__(self):

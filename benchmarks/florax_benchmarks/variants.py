@@ -13,11 +13,11 @@ and the momentum one of `float32`, `64-paper` and `64-int8`, which has its resid
 Adafactor; or
 
     unfactored      Adafactor with second moments of full size
+    lora-8          Adafactor; adapters of rank 8 in the place of the matrices; also
+                    unfactored-lora-8
     adamw           AdamW; it and those below have a momentum of their own
     galore-64       `optax.contrib.galore` with Adam
     apollo-64       APOLLO, and with `apollo-mini` APOLLO-Mini
-    lora-8          Adafactor; adapters of rank 8 in the place of the matrices; also
-                    unfactored-lora-8
 """
 
 import functools
