@@ -100,6 +100,7 @@ class InterruptedAfter(training.Interruption):
         pytest.param({"method": "none"}, marks=pytest.mark.slow),
         pytest.param({"method": "naive", "optimizer": "adamw"}, marks=pytest.mark.slow),
         pytest.param({"method": "flora", "scan": True, "layerwise": True}, marks=pytest.mark.slow),
+        pytest.param({"method": "flora", "mesh": "data=2,model=2"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -152,6 +153,76 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     again = train(s)
     assert again.figures == first.figures
     assert again.best == first.best
+
+
+# On several devices, of which the tests have eight.
+
+FLOAT = {"accumulator_dtype": "float32", "momentum_dtype": "float32"}  # which rounds alike
+
+
+@pytest.mark.parametrize(
+    "mesh, changes",
+    [
+        ("data=2,model=2", FLOAT | {"method": "flora", "scan": True}),
+        pytest.param("data=4", FLOAT | {"method": "flora"}, marks=pytest.mark.slow),
+        pytest.param("model=4", {"method": "naive"}, marks=pytest.mark.slow),
+        pytest.param("model=2", {"method": "lora"}, marks=pytest.mark.slow),
+        pytest.param(
+            "data=2,model=2",
+            FLOAT | {"method": "flora", "scan": True, "layerwise": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_on_several_devices_is_that_on_one(mesh, changes, tmp_path):
+    one = train(settings(tmp_path / "one", **changes)).curve
+    several = train(settings(tmp_path / "several", mesh=mesh, **changes)).curve
+    # Not the weights: a key's bias changes no attention, and Adafactor enlarges the roundings that
+    # are its gradient. Losses are sums of float32 numbers, and see roundings of each step.
+    np.testing.assert_allclose(several.train, one.train, rtol=1e-4)
+    np.testing.assert_allclose(several.heldout, one.heldout, rtol=1e-4)
+
+
+def test_weights_are_divided_along_model_and_states_with_them(tmp_path, monkeypatch):
+    seen = {}
+
+    class Watched(training._Run):
+        def figures(self):
+            seen.update(params=self.params, state=self.state)
+            return super().figures()
+
+    monkeypatch.setattr(training, "_Run", Watched)
+    train(settings(tmp_path, mesh="data=2,model=2", method="flora", scan=True))
+    params = {
+        jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(seen["params"])
+    }
+    kernel = next(x for name, x in params.items() if "c_fc" in name and x.ndim == 3)
+    assert tuple(kernel.sharding.spec) == (None, None, "model")
+    assert len(kernel.sharding.device_set) == 4
+    divided = [x for x in jax.tree.leaves(seen["state"]) if "model" in x.sharding.spec]
+    assert divided
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mesh": "data"}, "mesh must be like data=2,model=1, got 'data'"),
+        ({"mesh": "rows=2"}, "mesh must be like"),
+        ({"mesh": "data=0"}, "mesh must be like"),
+        (
+            {"mesh": "data=3"},
+            "micro_batch=4 cannot be divided among 3 devices, those of mesh=data=3",
+        ),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **changes)
+
+
+def test_more_devices_than_there_are_end_the_script_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"mesh=data=16 has 16 devices, here are 8"):
+        train(settings(tmp_path, mesh="data=16", micro_batch=16))
 
 
 def test_every_epoch_shows_every_example_once_in_a_new_order():

@@ -1,6 +1,7 @@
 """The settings that the training scripts share: which method, which optimizer, how long."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from florax_examples import devices
 from florax_examples.datasets import DataError
 from florax_examples.models.checkpoints import CheckpointError
 from florax_examples.tokenization import TokenizerError
@@ -70,6 +72,8 @@ class Training:
 
     # The run.
 
+    # devices: micro-batches are divided along both axes of data=2,model=1, weights along model
+    mesh: str = ""
     evaluations: int = 10  # times that the validation loss is taken; the best weights are kept
     heldout_batch: int = 64  # validation or test examples at once
     save_every: int = 0  # micro-batches between checkpoints; 0: only when interrupted
@@ -100,6 +104,13 @@ class Training:
             self._check_sketches()
         if self.layerwise:
             self._check_layerwise()
+        if self.mesh:
+            count = math.prod(devices.parse(self.mesh).values())
+            if self.micro_batch % count:
+                raise ValueError(
+                    f"micro_batch={self.micro_batch} cannot be divided among {count} devices, "
+                    f"those of mesh={self.mesh}"
+                )
 
     def _check_sketches(self) -> None:
         if self.accumulator == "both" and self.rank < 3 and self.accumulate > 1:

@@ -18,6 +18,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from florax_examples import batches, optimizers
+from florax_examples.devices import Devices
 from florax_examples.models import checkpoints, lora
 from florax_examples.report import Curve, as_json, human, peak_memory, tree_bytes, write_json
 from florax_examples.resume import Checkpoints, Interruption
@@ -113,7 +114,12 @@ class _Run:
         if s.scan:
             model.stack()
         trained = lora.trained(freeze_a=s.freeze_a) if method == "lora" else nnx.Param
-        self.graphdef, self.params, self.frozen = nnx.split(model, trained, ...)
+        try:
+            self.devices = Devices(s.mesh)
+        except ValueError as mistake:
+            sys.exit(f"error: {mistake}")
+        self.graphdef, *weights = nnx.split(model, trained, ...)
+        self.params, self.frozen = map(self.devices.place, weights)
         if method == "flora" and not optimizers.compresses_anything(s, self.params):
             sys.exit(f"error: rank={s.rank} compresses nothing of this model: lower it")
 
@@ -125,7 +131,9 @@ class _Run:
 
     def batch(self, done: int) -> Any:
         """What the step after `done` micro-batches learns from."""
-        return self.order.stacked(done, self.at_once) if self.whole_update else self.order[done]
+        whole = self.whole_update
+        batch = self.order.stacked(done, self.at_once) if whole else self.order[done]
+        return self.devices.place_batch(batch, rows=int(whole))
 
     def _compile(self) -> None:
         """Make the optimizer's state, and ahead of training the step."""
@@ -136,8 +144,8 @@ class _Run:
             return own(params, state, batch)
 
         batch = self.batch(0)
-        self.state = jax.jit(self.tx.init)(self.params)
-        jitted = jax.jit(step, donate_argnums=(0, 1))
+        self.state = self.devices.init(self.tx, self.params)(self.params)
+        jitted = self.devices.jit(step, self.params, self.state)
         self.compiled = jitted.lower(self.params, self.state, self.frozen, batch).compile()
         self.compile_seconds = time.perf_counter() - start
 
