@@ -87,7 +87,7 @@ class LlamaConfig:
         """Read a config.json as transformers 4 or 5 wrote it."""
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act must be 'silu', got {activation!r}")
-        given = known_settings(cls, config)
+        given = known_settings(cls, {k: v for k, v in config.items() if k != "rope_scaling"})
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_parameters cannot be {rope!r}")
