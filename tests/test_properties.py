@@ -65,8 +65,8 @@ EMPTY = st.sampled_from([None, optax.MaskedNode(), (), {}])
 
 @st.composite
 def trees(draw):
-    """From one leaf to five, with what is none between them, in containers of containers."""
-    parts = draw(st.lists(leaves(), min_size=1, max_size=5))
+    """From one leaf to three, with what is none between them, in containers of containers."""
+    parts = draw(st.lists(leaves(), min_size=1, max_size=3))
     parts += draw(st.lists(EMPTY, max_size=2))
     while len(parts) > 1:
         first, second, *parts = parts

@@ -53,7 +53,7 @@ KINDS = {
     "accumulate, both": lambda: accumulate(side="both", **COSINE),
     "accumulate, both, int8": lambda: accumulate(side="both", accumulator_dtype=jnp.int8, **COSINE),
 }
-OFTEN = ("momentum", "momentum, residual", "accumulate, both")
+OFTEN = ("momentum", "accumulate, both")
 kinds = pytest.mark.parametrize(
     "kind",
     [pytest.param(k, marks=[] if k in OFTEN else [pytest.mark.slow]) for k in KINDS],
@@ -63,10 +63,7 @@ axis_types = pytest.mark.parametrize(
 )
 divisions = pytest.mark.parametrize(
     "division",
-    [
-        pytest.param(name, marks=[] if name in ("rows", "both") else [pytest.mark.slow])
-        for name in SPECS
-    ],
+    [pytest.param(name, marks=[] if name == "both" else [pytest.mark.slow]) for name in SPECS],
 )
 
 
