@@ -118,10 +118,11 @@ def test_a_state_is_divided_as_its_parameters_and_stays_so(kind, division, axis_
     tx = KINDS[kind]()
     with jax.set_mesh(mesh):
         shardings = florax.state_shardings(tx, params)
-        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        state = jax.block_until_ready(jax.jit(tx.init, out_shardings=shardings)(params))
         update = jax.jit(tx.update)
         for _ in range(2):
-            _, state = update(params, state, params)
+            # One program at a time: on CPUs collectives of two may wait for each other.
+            _, state = jax.block_until_ready(update(params, state, params))
             assert jax.tree.map(lambda x: x.sharding, state) == shardings
         assert update._cache_size() == 1  # a state divided otherwise would compile it once more
     sketch = jax.tree.leaves(state.sketch.arrays["kernel"])
@@ -156,13 +157,13 @@ def test_what_is_saved_on_one_mesh_goes_on_on_another(kind, tmp_path):
     tx, updates = KINDS[kind](), []
     mesh, params = place(AxisType.Explicit, "both")
     with jax.set_mesh(mesh):
-        state = jax.jit(tx.init)(params)
+        state = jax.block_until_ready(jax.jit(tx.init)(params))
         update = jax.jit(tx.update)
-        _, state = update(params, state, params)
+        _, state = jax.block_until_ready(update(params, state, params))
         with checkpoint.StandardCheckpointer() as saved:
             saved.save(tmp_path / "state", state)
         for _ in range(3):
-            own, state = update(params, state, params)
+            own, state = jax.block_until_ready(update(params, state, params))
             updates.append(jax.device_get(own))
     mesh, params = place(AxisType.Auto, "rows")
     shapes = jax.tree.map(
@@ -174,7 +175,7 @@ def test_what_is_saved_on_one_mesh_goes_on_on_another(kind, tmp_path):
         state = saved.restore(tmp_path / "state", shapes)
     update = jax.jit(tx.update)
     for expected in updates:
-        own, state = update(params, state, params)
+        own, state = jax.block_until_ready(update(params, state, params))
         # Sums of 256 float32 products, divided among devices otherwise; updates are about 1e-2.
         chex.assert_trees_all_close(jax.device_get(own), expected, rtol=1e-4, atol=1e-6)
 
