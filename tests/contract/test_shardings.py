@@ -13,6 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 import florax
 
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason="jax 0.10 hangs in collectives of eight host devices on few cores",
+)
+
 ROWS, COLUMNS, RANK = 128, 256, 96
 STACK = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
 NUMBERS = {"kernel": None, "bias": None, "layers": STACK}
