@@ -14,6 +14,9 @@ os.environ |= {
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Eight devices' programs wait for each other in threads: as many as there are cores are too few,
+# and two programs on their way hang.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import pytest

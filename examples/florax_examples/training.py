@@ -160,9 +160,6 @@ class _Run:
         """Learn from the next micro-batches; their loss."""
         arguments = self.params, self.state, self.frozen, self.batch(done)
         loss, self.params, self.state = self.compiled(*arguments)
-        if self.devices.mesh is not None and jax.default_backend() == "cpu":
-            # There the collectives of two steps on their way may wait for each other.
-            jax.block_until_ready((loss, self.params, self.state))
         return loss
 
     def model(self) -> nnx.Module:

@@ -13,12 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import florax
 
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11),
-    reason="jax 0.10 hangs in collectives of eight host devices on few cores",
-)
-
-ROWS, COLUMNS, RANK = 128, 256, 96
+ROWS, COLUMNS, RANK = 256, 384, 96
+BOTH = 32 + 96  # columns of the two sketches of that rank
 STACK = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
 NUMBERS = {"kernel": None, "bias": None, "layers": STACK}
 SPECS = {
@@ -111,8 +107,10 @@ def test_no_update_brings_a_whole_gradient_together(kind, division, axis_type):
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init, out_shardings=florax.state_shardings(tx, params))(params)
         compiled = jax.jit(tx.update).lower(params, state, params).compile()
-    # Of the stack all three sketches may travel at once.
-    assert entries_on_the_wire(compiled) <= 3 * RANK * COLUMNS < 3 * ROWS * COLUMNS
+    # Of the stack all three sketches may travel at once. jax 0.10 also brings together what is
+    # solved for of two sketches, which has the columns of both.
+    width = BOTH if "both" in kind and jax.__version_info__ < (0, 11) else RANK
+    assert entries_on_the_wire(compiled) <= 3 * width * COLUMNS < 3 * ROWS * COLUMNS
 
 
 @kinds
@@ -123,11 +121,10 @@ def test_a_state_is_divided_as_its_parameters_and_stays_so(kind, division, axis_
     tx = KINDS[kind]()
     with jax.set_mesh(mesh):
         shardings = florax.state_shardings(tx, params)
-        state = jax.block_until_ready(jax.jit(tx.init, out_shardings=shardings)(params))
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
         update = jax.jit(tx.update)
         for _ in range(2):
-            # One program at a time: on CPUs collectives of two may wait for each other.
-            _, state = jax.block_until_ready(update(params, state, params))
+            _, state = update(params, state, params)
             assert jax.tree.map(lambda x: x.sharding, state) == shardings
         assert update._cache_size() == 1  # a state divided otherwise would compile it once more
     sketch = jax.tree.leaves(state.sketch.arrays["kernel"])
@@ -162,13 +159,13 @@ def test_what_is_saved_on_one_mesh_goes_on_on_another(kind, tmp_path):
     tx, updates = KINDS[kind](), []
     mesh, params = place(AxisType.Explicit, "both")
     with jax.set_mesh(mesh):
-        state = jax.block_until_ready(jax.jit(tx.init)(params))
+        state = jax.jit(tx.init)(params)
         update = jax.jit(tx.update)
-        _, state = jax.block_until_ready(update(params, state, params))
+        _, state = update(params, state, params)
         with checkpoint.StandardCheckpointer() as saved:
             saved.save(tmp_path / "state", state)
         for _ in range(3):
-            own, state = jax.block_until_ready(update(params, state, params))
+            own, state = update(params, state, params)
             updates.append(jax.device_get(own))
     mesh, params = place(AxisType.Auto, "rows")
     shapes = jax.tree.map(
@@ -180,7 +177,7 @@ def test_what_is_saved_on_one_mesh_goes_on_on_another(kind, tmp_path):
         state = saved.restore(tmp_path / "state", shapes)
     update = jax.jit(tx.update)
     for expected in updates:
-        own, state = jax.block_until_ready(update(params, state, params))
+        own, state = update(params, state, params)
         # Sums of 256 float32 products, divided among devices otherwise; updates are about 1e-2.
         chex.assert_trees_all_close(jax.device_get(own), expected, rtol=1e-4, atol=1e-6)
 
