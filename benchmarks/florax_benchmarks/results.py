@@ -1,12 +1,15 @@
 """What was measured: a line of JSON per row of a table, with what is needed to measure it again."""
 
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -123,6 +126,15 @@ def isolated(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, An
             return pool.submit(measure, *args).result()
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other process measures on this device: several may compile meanwhile."""
+    name = f"florax-{os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}.lock"
+    with (Path(tempfile.gettempdir()) / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def conditions() -> dict[str, str]:

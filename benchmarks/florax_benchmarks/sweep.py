@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 import florax
-from florax_benchmarks import baselines, variants
+from florax_benchmarks import baselines, results, variants
 from florax_benchmarks.tasks import Task
 
 EVALUATED = 16  # held-out examples at a time, of each run
@@ -67,10 +67,11 @@ def prepare(task: Task, name: str, learning_rates: Sequence[float], seeds: int) 
 
 def run(sweep: Sweep) -> Outcome:
     compiled = sweep.lowered.compile()
-    arguments = jax.device_put(sweep.arguments)
-    start = time.perf_counter()
-    validation, test, params = jax.block_until_ready(compiled(*arguments))
-    seconds = time.perf_counter() - start
+    arguments = jax.block_until_ready(jax.device_put(sweep.arguments))
+    with results.alone():
+        start = time.perf_counter()
+        validation, test, params = jax.block_until_ready(compiled(*arguments))
+        seconds = time.perf_counter() - start
     return Outcome(np.asarray(validation), np.asarray(test), params, seconds)
 
 
