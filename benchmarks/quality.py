@@ -5,14 +5,15 @@ r"""What do small accumulators and momenta cost in quality, for their bytes?
         --test IWSLT17_TEST --variants none float32 lora-8/float32 64-paper 64-both-int8
 
 Every variant has the best of the same learning rates, by the mean validation loss of its seeds; all
-of them train at once, compiled to one program. Then the test data are scored, by each seed's
-parameters at that rate.
+of them train at once, compiled to one program. Where the best is the lowest or highest, rates
+beyond it are tried too. Then the test data are scored, by each seed's parameters at that rate.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -57,26 +58,60 @@ class Settings:
         return {"task": self.task, **folders, "model": model, "seeds": self.seeds, **own}
 
 
-def measure(s: Settings, prepared: sweep.Sweep, known: str | None) -> dict[str, Any] | None:
+class Rate(NamedTuple):
+    """What came of one learning rate, by seed."""
+
+    validation: np.ndarray
+    test: np.ndarray
+    params: list[Any]
+
+    @classmethod
+    def each(cls, outcome: sweep.Outcome) -> Iterator["Rate"]:
+        for i, (validation, test) in enumerate(zip(outcome.validation, outcome.test, strict=True)):
+            seeds = range(len(test))
+            params = [jax.tree.map(lambda x, i=i, j=j: x[i, j], outcome.params) for j in seeds]
+            yield cls(validation, test, params)
+
+    @property
+    def mean(self) -> float:
+        return float(np.where(np.isfinite(self.validation), self.validation, np.inf).mean())
+
+
+def beyond(means: dict[float, float]) -> float | None:
+    """Of mean losses by learning rate: the rate to try next, if the best has none on one side."""
+    rates = sorted(means)
+    best = min(rates, key=lambda rate: means[rate])
+    if len(rates) == 1 or not np.isfinite(means[best]):
+        return None
+    return {rates[0]: best / 2, rates[-1]: best * 2}.get(best)
+
+
+def measure(
+    s: Settings, variant: str, prepared: sweep.Sweep, known: str | None
+) -> dict[str, Any] | None:
     if (program := results.fingerprint(prepared.lowered)) == known:
         return None
     task = prepared.task
     outcome = sweep.run(prepared)
-    means = np.where(np.isfinite(outcome.validation), outcome.validation, np.inf).mean(1)
-    best = int(means.argmin())
-    chosen = [jax.tree.map(lambda x, i=i: x[best, i], outcome.params) for i in range(s.seeds)]
-    scores = [task.score(params) for params in chosen]
+    update_seconds = outcome.seconds / task.updates / outcome.test.size
+    tried = dict(zip(task.learning_rates, Rate.each(outcome), strict=True))
+    while rate := beyond({rate: own.mean for rate, own in tried.items()}):
+        more = sweep.run(sweep.prepare(task, variant, (rate,), s.seeds))
+        tried[rate] = next(Rate.each(more))
+    tried = dict(sorted(tried.items()))
+    best = min(tried, key=lambda rate: tried[rate].mean)
+    scores = [task.score(params) for params in tried[best].params]
     if s.save:
-        task.save(chosen[0], s.save)
-    runs = s.seeds * len(task.learning_rates)
+        task.save(tried[best].params[0], s.save)
     return {
         "program": program,
         **prepared.bytes,
-        "learning_rate": task.learning_rates[best],
-        "losses": outcome.test[best].tolist(),
+        "learning_rate": best,
+        "losses": tried[best].test.tolist(),
         "scores": {name: [own[name] for own in scores] for name in scores[0]},
-        "sweep": outcome.validation.tolist(),
-        "update_ms": round(1e3 * outcome.seconds / runs / task.updates, 3),
+        "tried": [*tried],
+        "sweep": [own.validation.tolist() for own in tried.values()],
+        "update_ms": round(1e3 * update_seconds, 3),
     }
 
 
@@ -86,7 +121,7 @@ def main(s: Settings) -> None:
     for variant in s.variants:
         prepared = sweep.prepare(task, variant, task.learning_rates, s.seeds)
         settings = s.identity(task) | {"variant": variant}
-        measured = functools.partial(measure, s, prepared)
+        measured = functools.partial(measure, s, variant, prepared)
         rows.append(results.get_of_program(s.results, "quality", settings, measured))
         print(f"{variant}: {np.mean(rows[-1]['losses']):.4f}", flush=True)
     print(f"\n{s.task}, ×{task.accumulate}, nats a {task.unit}:\n{tables.quality(rows)}")

@@ -1,6 +1,7 @@
 """What the benchmarks rest on: variants, baselines, sweeps, and figures that come from results."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
 import florax
+import quality
 from florax_benchmarks import baselines, pages, paper, results, sweep, tasks, variants
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -246,6 +248,27 @@ def toy(updates=6):
         learning_rates=(1e-2, 3e-2),
         resample_every=2,
     )
+
+
+@pytest.mark.parametrize("best", [1 / 8, 1 / 4, 1 / 2, 1.0, 4.0])
+def test_the_best_learning_rate_is_inside_of_those_tried(best, monkeypatch):
+    def run(rates):  # losses are least at `best`
+        losses = np.abs(np.log2(rates) - np.log2(best))[:, None] + [0.0, 0.1]
+        params = np.broadcast_to(np.array(rates)[:, None], losses.shape)
+        return sweep.Outcome(losses, losses + 1, params, seconds=1.0)
+
+    task = toy()._replace(learning_rates=(0.25, 0.5), score=lambda rate: {"rate": float(rate)})
+    prepared = SimpleNamespace(task=task, lowered=None, bytes={}, arguments=task.learning_rates)
+    monkeypatch.setattr(results, "fingerprint", lambda lowered: "new")
+    monkeypatch.setattr(sweep, "run", lambda prepared: run(prepared.arguments))
+    monkeypatch.setattr(
+        sweep, "prepare", lambda task, name, rates, seeds: SimpleNamespace(arguments=rates)
+    )
+    row = quality.measure(quality.Settings("bytes", seeds=2), "float32", prepared, None)
+    assert row["learning_rate"] == best
+    assert row["scores"] == {"rate": [best, best]}
+    assert row["tried"][0] < best < row["tried"][-1]
+    assert row["losses"] == [1.0, 1.1]
 
 
 @pytest.mark.parametrize(
