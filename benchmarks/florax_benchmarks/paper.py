@@ -7,13 +7,11 @@ Scores are not to be compared with the paper's, orders and gaps are.
 from collections.abc import Mapping
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any, NamedTuple
-
-METHODS = ("none", "none-updates", "naive", "lora", "paper", "florax")
+from typing import Any, Literal, NamedTuple
 
 
 class Row(NamedTuple):
-    method: str  # of METHODS
+    method: Literal["none", "none-updates", "naive", "lora", "paper", "florax"]
     share: Fraction | None = None  # of the width, that the rank is
     score: float | None = None  # in the paper
     memory: float | None = None  # there, in GiB: what it takes more than `none`

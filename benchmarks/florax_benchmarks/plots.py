@@ -15,7 +15,6 @@ import numpy as np
 from florax_benchmarks import paper, results, variants
 from florax_benchmarks.tables import Row, state_bytes
 
-DECAY = variants.DECAY
 FAMILIES = {  # of variants, by what their names have: how each is drawn
     "florax, both sides": ("tab:blue", "o"),
     "florax, one side": ("tab:cyan", "s"),
@@ -120,7 +119,7 @@ def kappas(rows: list[Row], path: Path) -> None:
             color = "gray" if name == "none" else "black"
             axes.axhline(statistics.mean(r["losses"]), linestyle="--", color=color, label=label)
     width, rank = paper.WIDTHS["pretraining"], paper.KAPPA_RANK
-    bound = math.log(1 + (width + 1) / rank) / (2 * math.log(1 / DECAY))
+    bound = math.log(1 + (width + 1) / rank) / (2 * math.log(1 / variants.DECAY))
     axes.axvline(bound, color="tab:red", linestyle=":", label=f"bound: κ > {bound:.1f}")
     axes.set(xscale="log", xlabel="κ, updates that share a projection", ylabel="held-out loss")
     axes.grid(alpha=0.3)

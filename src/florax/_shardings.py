@@ -30,7 +30,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
       A tree of `NamedSharding`, of the structure of `tx.init(params)`.
 
     Raises:
-      ValueError: a parameter has no such sharding, or another mesh than the first.
+      ValueError: there are no parameters, or one has no such sharding or another mesh than the
+        first.
 
     >>> import jax, jax.numpy as jnp, florax
     >>> from jax.sharding import NamedSharding, PartitionSpec as P
@@ -45,6 +46,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     meshes = {_dimensions.name(path): _mesh(path, leaf) for path, leaf in leaves}
+    if not meshes:
+        raise ValueError("params has no arrays, of which a state could take its mesh.")
     first, *others = meshes
     for name in others:
         if meshes[name] != meshes[first]:

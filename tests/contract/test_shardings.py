@@ -194,3 +194,8 @@ def test_parameters_on_two_meshes_are_named():
     _, others = place(AxisType.Explicit, "rows")
     with pytest.raises(ValueError, match=r"params\['layers'\] is on another mesh"):
         florax.state_shardings(momentum(), params | {"layers": others["layers"]})
+
+
+def test_parameters_that_are_none_say_so():
+    with pytest.raises(ValueError, match="params has no arrays"):
+        florax.state_shardings(momentum(), {})
