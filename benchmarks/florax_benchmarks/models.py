@@ -12,6 +12,7 @@ H the heads, D the size of a head, V the vocabulary.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -138,8 +139,20 @@ def batch_shapes(shape: Shape, batch: int, length: int, source: int) -> dict[str
     return rows
 
 
-def loss(shape: Shape, params: dict[str, Any], batch: dict[str, Array]) -> Array:
-    """The mean cross-entropy of the next tokens, or of an image's class, shape (), float32."""
+def loss(
+    shape: Shape,
+    params: dict[str, Any],
+    batch: dict[str, Array],
+    whole: Callable[[Any], Any] = lambda weights: weights,
+) -> Array:
+    """The mean cross-entropy of the next tokens, or of an image's class, shape (), float32.
+
+    `whole` is given the weights of a layer, and those of the ends, where they are used: to bring
+    together what is divided among devices.
+    """
+    ends = whole({name: x for name, x in params.items() if name not in STACKS})
+    params = params | ends
+    scan = functools.partial(_scan, whole)
     if shape.family == "vit":
         x = batch["pixels"].astype(params["patches"].dtype) @ params["patches"]  # (B, T, C)
         x = norm(scan(shape, params["blocks"], x, causal=False), params["norm"]).mean(1)
@@ -159,7 +172,8 @@ def loss(shape: Shape, params: dict[str, Any], batch: dict[str, Array]) -> Array
     return cross_entropy(x, params["embed"], "btc,vc->btv", labels)
 
 
-def scan(
+def _scan(
+    whole: Callable[[Any], Any],
     shape: Shape,
     stack: dict[str, Any] | list[Any],
     x: Array,
@@ -172,6 +186,7 @@ def scan(
     """
 
     def layer(x: Array, w: dict[str, Any]) -> tuple[Array, None]:
+        w = whole(w)
         y = norm(x, w["attention_norm"])
         x = x + attention(shape, w["attention"], y, y, causal)
         if memory is not None:
