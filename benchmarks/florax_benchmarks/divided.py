@@ -3,6 +3,7 @@
     data    parameters and state are on every device, the rows of a batch are divided
     fsdp    parameters and state are divided too, along one axis of each, and brought together where
             they are used
+    hybrid  `fsdp` among the devices of a host, `data` among hosts
 
     full            gradients in float32 at full size; XLA sums them across devices in every
                     micro-batch
@@ -18,6 +19,7 @@ devices is in float32.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -29,14 +31,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import florax
 from florax_benchmarks import methods, models, steps
 
-DIVISIONS = ("data", "fsdp")
+DIVISIONS = ("data", "fsdp", "hybrid")
 Division: TypeAlias = Literal[DIVISIONS]
 METHODS = (
     *("full", "full-once", "sketched", "sketched-once"),
     *("sketched-int8", "both", "both-int8", "both-int4"),
 )
 MethodName: TypeAlias = Literal[METHODS]
-AXIS = "data"  # the only one of the mesh
+HOST, DEVICE = "host", "data"  # the axes of a mesh; of one host's the second alone
 
 
 class Program(NamedTuple):
@@ -57,8 +59,12 @@ class Program(NamedTuple):
     batches: Any
 
 
-def mesh_of(devices: int) -> Mesh:
-    return jax.make_mesh((devices,), (AXIS,), (AxisType.Auto,), devices=jax.devices()[:devices])
+def mesh_of(devices: int, hosts: int = 1) -> Mesh:
+    """So many devices of each host."""
+    sizes = {HOST: hosts, DEVICE: devices} if hosts > 1 else {DEVICE: devices}
+    kinds = (AxisType.Auto,) * len(sizes)
+    own = jax.devices()[: hosts * devices]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), kinds, devices=own)
 
 
 def lower(
@@ -77,11 +83,11 @@ def lower(
     params = _placed(models.parameter_shapes(shape, dtype), mesh, division)
     rows = models.batch_shapes(shape, batch * mesh.size, length, length)
     batches = jax.tree.map(
-        lambda x: _shape((accumulate, *x.shape), x.dtype, mesh, None, AXIS), rows
+        lambda x: _shape((accumulate, *x.shape), x.dtype, mesh, None, mesh.axis_names), rows
     )
     replicated = NamedSharding(mesh, PartitionSpec())
     loss_fn = functools.partial(models.loss, shape)
-    if division == "fsdp":
+    if division != "data":
         # Else XLA may exchange activations in the place of weights, which is something else.
         loss_fn.keywords["whole"] = lambda w: jax.lax.with_sharding_constraint(w, replicated)
     tx, step = _step(name, loss_fn, mesh, accumulate, rank, side)
@@ -104,13 +110,15 @@ def _shape(axes: tuple[int, ...], dtype: Any, mesh: Mesh, *along: Any) -> jax.Sh
 
 def _placed(params: Any, mesh: Mesh, division: str) -> Any:
     """Each matrix divided along its shorter axis, which sketches keep; or all on every device."""
+    names = {"data": (), "fsdp": mesh.axis_names, "hybrid": (DEVICE,)}[division]
 
     def place(path: tuple, leaf: Any) -> Any:
         first = int(models.is_stacked(path, leaf))  # the layers themselves stay together
-        along: list[str | None] = [None] * len(leaf.shape)
-        axes = [i for i in range(first, len(along)) if leaf.shape[i] % mesh.size == 0]
-        if division == "fsdp" and len(along) - first == 2 and axes:
-            along[min(axes, key=lambda i: leaf.shape[i])] = AXIS
+        along: list[Any] = [None] * len(leaf.shape)
+        parts = math.prod(mesh.shape[name] for name in names)
+        axes = [i for i in range(first, len(along)) if leaf.shape[i] % parts == 0]
+        if len(along) - first == 2 and axes and names:
+            along[min(axes, key=lambda i: leaf.shape[i])] = names
         return _shape(leaf.shape, leaf.dtype, mesh, *along)
 
     return jax.tree_util.tree_map_with_path(place, params)
@@ -135,19 +143,19 @@ def _step(
 def full_size_once(loss_fn: steps.Loss, tx: optax.GradientTransformation, mesh: Mesh) -> steps.Step:
     """Each device accumulates the gradients of its rows; their mean is taken once an update."""
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=OWN_ROWS, out_specs=PartitionSpec())
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=own_rows(mesh), out_specs=PartitionSpec())
     def accumulated(params: Any, batches: Any) -> Any:
         count = len(jax.tree.leaves(batches)[0])
-        params = _own(params)
+        params = _own(params, mesh)
 
         def micro_step(total: Any, batch: Any) -> tuple[Any, jax.Array]:
             loss, grads = jax.value_and_grad(loss_fn)(params, batch)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
             return optax.tree.add(total, grads), loss
 
-        zeros = _own(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+        zeros = _own(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), mesh)
         total, losses = jax.lax.scan(micro_step, zeros, batches)
-        return jax.lax.pmean((losses.mean(), total), AXIS)
+        return jax.lax.pmean((losses.mean(), total), mesh.axis_names)
 
     def step(params: Any, state: Any, batches: Any) -> tuple[jax.Array, Any, Any]:
         loss, total = accumulated(params, batches)
@@ -161,18 +169,18 @@ def full_size_once(loss_fn: steps.Loss, tx: optax.GradientTransformation, mesh: 
 def sketched_once(loss_fn: steps.Loss, tx: optax.GradientTransformation, mesh: Mesh) -> steps.Step:
     """Each device accumulates the sketches of its rows; their mean is taken once an update."""
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=OWN_ROWS, out_specs=PartitionSpec())
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=own_rows(mesh), out_specs=PartitionSpec())
     def accumulated(params_and_state: Any, batches: Any) -> Any:
         params, state = params_and_state
-        params, state = _own(params), _with_arrays(state, _own(state.sketch.arrays))
+        params, state = _own(params, mesh), _with_arrays(state, _own(state.sketch.arrays, mesh))
 
         def micro_step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
             loss, grads = florax.value_and_grad(loss_fn, tx)(params, batch, opt_state=state)
             return florax.accumulate(tx, grads, state), loss
 
         state, losses = jax.lax.scan(micro_step, state, batches)
-        return jax.lax.pmean(losses.mean(), AXIS), _with_arrays(
-            state, jax.lax.pmean(state.sketch.arrays, AXIS)
+        return jax.lax.pmean(losses.mean(), mesh.axis_names), _with_arrays(
+            state, jax.lax.pmean(state.sketch.arrays, mesh.axis_names)
         )
 
     def step(params: Any, state: Any, batches: Any) -> tuple[jax.Array, Any, Any]:
@@ -182,12 +190,14 @@ def sketched_once(loss_fn: steps.Loss, tx: optax.GradientTransformation, mesh: M
     return step
 
 
-OWN_ROWS = (PartitionSpec(), PartitionSpec(None, AXIS))  # of a shard_map: all, and own rows
+def own_rows(mesh: Mesh) -> tuple[PartitionSpec, PartitionSpec]:
+    """Of a `shard_map`: everything for every device, and the rows of a batch divided."""
+    return PartitionSpec(), PartitionSpec(None, mesh.axis_names)
 
 
-def _own(tree: Any) -> Any:
-    """To be given values of each device's own, so that gradients are not summed before they are."""
-    return jax.tree.map(lambda x: jax.lax.pcast(x, AXIS, to="varying"), tree)
+def _own(tree: Any, mesh: Mesh) -> Any:
+    """Values of each device's own: else gradients are summed across devices at once."""
+    return jax.tree.map(lambda x: jax.lax.pcast(x, mesh.axis_names, to="varying"), tree)
 
 
 def _with_arrays(state: Any, arrays: Any) -> Any:
