@@ -1,6 +1,7 @@
 """What do sketches save on the wire, and in time, on several devices?
 
-    python benchmarks/scaling.py --part measure            # on all devices of this host
+    python benchmarks/scaling.py --part measure    # on all devices of this host
+    python benchmarks/scaling.py --part predict    # on thousands, on paper
 
 Every device has as many rows of a micro-batch, on one device as on all (weak scaling), so that an
 efficiency is the time on one divided by that on all. Bytes are counted in the compiled program.

@@ -65,9 +65,8 @@ def read(
       text: of the program.
       devices: that run it.
       host: devices of a host, whose numbers follow each other; all, if not said.
-      as_on_gpus: the program was compiled for CPUs, but count what GPUs would send: bfloat16 where
-        it is widened to float32 for the CPU alone; and of a sum of matrices across devices that
-        keep a part of it each, which parameters that are divided mean, a reduce-scatter.
+      as_on_gpus: whether to count in bfloat16 what was widened to float32 only because CPUs, for
+        which the program was compiled, do not send bfloat16.
 
     Raises:
       ValueError: one is in a loop that does not say how often it runs.
@@ -96,15 +95,7 @@ def read(
             sizes = [
                 _narrow(own, operations) if as_on_gpus else array_bytes(own.type) for own in parts
             ]
-            matrices = sum(
-                size
-                for size, own in zip(sizes, parts, strict=True)
-                if as_on_gpus and kind == "all-reduce" and _is_matrix(own.type)
-            )
-            if matrices:
-                yield Collective("reduce-scatter", matrices, len(ids), 1, hosts)
-            if rest := sum(sizes) - matrices:
-                yield Collective(kind, rest, len(ids), 1, hosts)
+            yield Collective(kind, sum(sizes), len(ids), 1, hosts)
         elif x.kind == "while":
             inside = of(_named("body", x.attributes))
             count = re.search(r"known_trip_count\W+n\W+(\d+)", x.attributes)
@@ -155,10 +146,6 @@ def _narrow(x: Operation, computations: dict[str, dict[str, Operation]]) -> int:
             own = here[own.operands[0]]
     widened = own.kind == "convert" and here[own.operands[0]].type.startswith("bf16[")
     return array_bytes(x.type) // (2 if widened and x.type.startswith("f32[") else 1)
-
-
-def _is_matrix(type_: str) -> bool:
-    return "," in type_[type_.index("[") : type_.index("]")]
 
 
 OPERATION = re.compile(r"^ +(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")

@@ -85,8 +85,9 @@ def lower(
     batches = jax.tree.map(
         lambda x: _shape((accumulate, *x.shape), x.dtype, mesh, None, mesh.axis_names), rows
     )
+    # In chunks the gradient of the head would be summed across devices after each of them.
+    loss_fn = functools.partial(models.loss, shape._replace(chunk=length))
     replicated = NamedSharding(mesh, PartitionSpec())
-    loss_fn = functools.partial(models.loss, shape)
     if division != "data":
         # Else XLA may exchange activations in the place of weights, which is something else.
         loss_fn.keywords["whole"] = lambda w: jax.lax.with_sharding_constraint(w, replicated)
