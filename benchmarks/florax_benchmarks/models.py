@@ -12,6 +12,7 @@ H the heads, D the size of a head, V the vocabulary.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-CHUNK = 128  # tokens of a row whose logits exist at once
+CHUNK = 128  # what lengths must be a multiple of
 
 
 class Shape(NamedTuple):
@@ -33,6 +34,8 @@ class Shape(NamedTuple):
     feed_forward: int
     vocabulary: int  # of a ViT its classes
     checkpoint: bool = True  # whether layers keep only what enters them for the backward pass
+    key_heads: int | None = None  # of keys and values, if they are fewer
+    chunk: int = CHUNK  # tokens of a row whose logits exist at once
 
 
 SHAPES = {
@@ -44,6 +47,7 @@ SHAPES = {
     "llama-350m": Shape("llama", 24, 1024, 16, 64, 2736, 32000),
     "llama-1b": Shape("llama", 24, 2048, 32, 64, 5461, 32000),
     "llama-7b": Shape("llama", 32, 4096, 32, 128, 11008, 32000),
+    "llama-70b": Shape("llama", 80, 8192, 64, 128, 28672, 32000, key_heads=8),
     "t5-tiny": Shape("t5", 2, 64, 4, 16, 256, 512),
     "t5-small": Shape("t5", 6, 512, 8, 64, 2048, 32128),
     "t5-3b": Shape("t5", 24, 1024, 32, 128, 16384, 32128),
@@ -65,12 +69,14 @@ def is_stacked(path: tuple, leaf: Any) -> bool:
 def parameter_shapes(shape: Shape, dtype: Any) -> dict[str, Any]:
     """The parameters as `jax.ShapeDtypeStruct`s: nothing is allocated."""
     s, inner = shape, shape.heads * shape.head_size
+    keys = (shape.key_heads or shape.heads) * shape.head_size
 
     def array(*axes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(axes, dtype)
 
     def attention() -> dict[str, Any]:
-        into = {name: array(s.layers, s.width, inner) for name in ("query", "key", "value")}
+        sides = {"query": inner, "key": keys, "value": keys}
+        into = {name: array(s.layers, s.width, side) for name, side in sides.items()}
         return {**into, "out": array(s.layers, inner, s.width)}
 
     def stack(*attentions: str) -> dict[str, Any]:
@@ -138,8 +144,20 @@ def batch_shapes(shape: Shape, batch: int, length: int, source: int) -> dict[str
     return rows
 
 
-def loss(shape: Shape, params: dict[str, Any], batch: dict[str, Array]) -> Array:
-    """The mean cross-entropy of the next tokens, or of an image's class, shape (), float32."""
+def loss(
+    shape: Shape,
+    params: dict[str, Any],
+    batch: dict[str, Array],
+    whole: Callable[[Any], Any] = lambda weights: weights,
+) -> Array:
+    """The mean cross-entropy of the next tokens, or of an image's class, shape (), float32.
+
+    `whole` is given the weights of a layer, and those of the ends, where they are used: to bring
+    together what is divided among devices.
+    """
+    ends = whole({name: x for name, x in params.items() if name not in STACKS})
+    params = params | ends
+    scan = functools.partial(_scan, whole)
     if shape.family == "vit":
         x = batch["pixels"].astype(params["patches"].dtype) @ params["patches"]  # (B, T, C)
         x = norm(scan(shape, params["blocks"], x, causal=False), params["norm"]).mean(1)
@@ -154,12 +172,13 @@ def loss(shape: Shape, params: dict[str, Any], batch: dict[str, Array]) -> Array
     else:
         x = norm(scan(shape, params["blocks"], x), params["norm"])
     if "head" in params:
-        return cross_entropy(x, params["head"], "btc,cv->btv", labels)
+        return cross_entropy(shape, x, params["head"], "btc,cv->btv", labels)
     # Not its transpose, which XLA would copy and keep for the whole step.
-    return cross_entropy(x, params["embed"], "btc,vc->btv", labels)
+    return cross_entropy(shape, x, params["embed"], "btc,vc->btv", labels)
 
 
-def scan(
+def _scan(
+    whole: Callable[[Any], Any],
     shape: Shape,
     stack: dict[str, Any] | list[Any],
     x: Array,
@@ -172,6 +191,7 @@ def scan(
     """
 
     def layer(x: Array, w: dict[str, Any]) -> tuple[Array, None]:
+        w = whole(w)
         y = norm(x, w["attention_norm"])
         x = x + attention(shape, w["attention"], y, y, causal)
         if memory is not None:
@@ -189,7 +209,7 @@ def attention(shape: Shape, w: dict[str, Array], x: Array, memory: Array, causal
     """Let x, (B, T, C), read the memory, (B, S, C)."""
 
     def heads(x: Array) -> Array:
-        return x.reshape(*x.shape[:2], shape.heads, shape.head_size)  # (B, T or S, H, D)
+        return x.reshape(*x.shape[:2], -1, shape.head_size)  # (B, T or S, H, D)
 
     query, key, value = heads(x @ w["query"]), heads(memory @ w["key"]), heads(memory @ w["value"])
     y = jax.nn.dot_product_attention(query, key, value, is_causal=causal)  # (B, T, H, D)
@@ -209,18 +229,18 @@ def norm(x: Array, scale: Array) -> Array:
     return x * jax.lax.rsqrt(mean_square + 1e-6).astype(x.dtype) * scale
 
 
-def cross_entropy(x: Array, head: Array, product: str, labels: Array) -> Array:
-    """Mean over all tokens; the logits of `CHUNK` tokens a row exist at once."""
+def cross_entropy(shape: Shape, x: Array, head: Array, product: str, labels: Array) -> Array:
+    """Mean over all tokens; the logits of `shape.chunk` tokens a row exist at once."""
 
     @jax.checkpoint
     def chunk_loss(chunk: tuple[Array, Array]) -> Array:
-        x, labels = chunk  # (B, CHUNK, C), (B, CHUNK)
-        logits = jnp.einsum(product, x, head).astype(jnp.float32)  # (B, CHUNK, V)
+        x, labels = chunk  # (B, chunk, C), (B, chunk)
+        logits = jnp.einsum(product, x, head).astype(jnp.float32)  # (B, chunk, V)
         label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - label_logits)
 
-    def chunks(x: Array) -> Array:  # (B, T, ...) -> (T / CHUNK, B, CHUNK, ...)
-        count = max(1, x.shape[1] // CHUNK)
+    def chunks(x: Array) -> Array:  # (B, T, ...) -> (T / chunk, B, chunk, ...)
+        count = max(1, x.shape[1] // shape.chunk)
         return x.reshape(x.shape[0], count, -1, *x.shape[2:]).swapaxes(0, 1)
 
     return jnp.sum(jax.lax.map(chunk_loss, (chunks(x), chunks(labels)))) / labels.size

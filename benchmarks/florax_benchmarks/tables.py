@@ -48,6 +48,39 @@ def allreduce(rows: list[Row]) -> str:
     return table(header, cells)
 
 
+def scaling(rows: list[Row]) -> str:
+    """Of every method on all devices: bytes of an update, milliseconds of a micro-step.
+
+    The efficiency is the time of the same method (of full size for `full-once`) on one device
+    divided by that on all.
+    """
+    rows, failures = _split(rows)
+    cells = []
+    for r in rows:
+        devices, settings = r["settings"]["devices"], r["settings"]
+        title = f"{settings['model']} {settings['division']} ×{devices}"
+        failures += "".join(f"{title}, {name}: {text}\n" for name, text in r["errors"].items())
+        for method in settings["methods"]:
+            if (own := r["programs"].get(f"{method} ×{devices}")) is None:
+                continue
+            label, full = f"{method} ×{devices}", f"full ×{devices}"
+            sizes = [mebibytes(own[f"{name}_bytes"]) for name in ("payload", "sent", "peak")]
+            times = [
+                f"{r['milliseconds'][label]:.2f}",
+                _ratio(r, label, full),
+                _ratio(r, f"{method.removesuffix('-once')} ×1", label),
+            ]
+            cells.append([title, method, *sizes, *times])
+    header = ["", "method", "entering MiB", "sent MiB", "peak MiB", "ms", "÷ full", "efficiency"]
+    return failures + table(header, cells, 2)
+
+
+def _ratio(row: Row, name: str, against: str) -> str:
+    """The median of the rounds' ratios."""
+    pairs = [(r[name], r[against]) for r in row["rounds"] if name in r and against in r]
+    return f"{statistics.median(x / y for x, y in pairs):.3f}" if pairs else "-"
+
+
 def peers(rows: list[Row]) -> str:
     rows, failures = _split(rows)
     cells = [
@@ -193,6 +226,7 @@ OF = {
     "finish": times,
     "main_job": times,
     "allreduce": allreduce,
+    "scaling": scaling,
     "peers": peers,
     "host_time": host_time,
     "compile_time": compile_time,
@@ -207,7 +241,8 @@ OF = {
 def _split(rows: list[Row]) -> tuple[list[Row], str]:
     """The rows of what could be measured, and lines that say why others could not."""
     failed = [(r["settings"], r["error"]) for r in rows if "error" in r]
-    failures = [f"{s.get('method') or s['variant']}: {error}\n" for s, error in failed]
+    names = ("method", "variant", "model")  # of which a benchmark has one that tells rows apart
+    failures = [f"{next(s[name] for name in names if name in s)}: {error}\n" for s, error in failed]
     return [r for r in rows if "error" not in r], "".join(failures)
 
 

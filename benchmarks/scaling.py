@@ -1,0 +1,257 @@
+"""What do sketches save on the wire, and in time, on several devices?
+
+    python benchmarks/scaling.py --part measure    # on all devices of this host
+    python benchmarks/scaling.py --part predict    # on thousands, on paper
+
+Every device has as many rows of a micro-batch, on one device as on all (weak scaling), so that an
+efficiency is the time on one divided by that on all. Bytes are counted in the compiled program.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from florax_benchmarks import collectives, divided, models, results, tables, timing
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row of the results: methods that take turns, each on all devices and some on one."""
+
+    model: str
+    dtype: str
+    batch: int  # rows of a micro-batch on one device
+    length: int  # tokens of a row
+    accumulate: int  # micro-batches an update
+    rank: int
+    division: str
+    methods: tuple[str, ...]  # on all devices
+    alone: tuple[str, ...]  # on one
+
+    @property
+    def title(self) -> str:
+        return f"{self.model} {self.dtype} {self.batch}×{self.length} {self.division}"
+
+    def settings(self, devices: int) -> dict[str, Any]:
+        """What identifies a row of the results."""
+        own = dataclasses.asdict(self)
+        lists = {name: list(own[name]) for name in ("methods", "alone")}
+        return {"part": "measure", "devices": devices, **own, **lists}
+
+
+DATA = ("full", "full-once", "sketched", "sketched-once")
+BOTH = ("full", "sketched")
+XL = ("gpt2-xl", "float32", 1, 512, 16, 256)
+LLAMA = ("llama-7b", "bfloat16", 16, 256, 4, 256)
+CASES = {
+    "real": (  # the most important first
+        Case(*XL, "data", DATA, BOTH),
+        Case(*XL, "fsdp", (*BOTH, "sketched-int8"), BOTH),
+        Case(*LLAMA, "fsdp", BOTH, BOTH),
+        Case(*XL, "data", ("full", "both-int8"), ("both-int8",)),
+        Case(*LLAMA, "data", DATA, BOTH),
+    ),
+    "tiny": (
+        Case("gpt2-tiny", "float32", 1, 64, 4, 32, "data", DATA, BOTH),
+        Case("llama-tiny", "bfloat16", 2, 64, 2, 16, "fsdp", BOTH, ("full",)),
+        Case("gpt2-tiny", "float32", 1, 64, 4, 32, "data", ("full", "both-int8"), ()),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    part: Literal["measure"] = "measure"  # what to do
+    size: Literal["real", "tiny"] = "real"  # of the models; tiny ones to try the script
+    only: str = ""  # only rows with this text in their title, as in "llama-7b fsdp"
+    rounds: int = 3  # timed updates of each method, after one that is not
+    limit: float = 270.0  # seconds, after which no further row is begun
+    results: Path = results.FOLDER  # folder for the JSON; what it has is not measured again
+
+
+class Compiled:
+    """A method's compiled step on one mesh, with what it starts from, and what is known of it."""
+
+    def __init__(self, program: divided.Program, devices: int, vocabulary: int):
+        start = time.perf_counter()
+        self.step, self.init, self.devices = program.lowered.compile(), program.init, devices
+        seconds = time.perf_counter() - start
+        shardings = jax.tree.map(lambda x: x.sharding, (program.params, program.batches))
+
+        def draw(key: jax.Array) -> tuple[Any, Any]:
+            tokens = functools.partial(jax.random.randint, key, minval=0, maxval=vocabulary)
+            batches = jax.tree.map(lambda x: tokens(x.shape).astype(x.dtype), program.batches)
+            return models.random_parameters(program.params, key), batches
+
+        self.draw = jax.jit(draw, out_shardings=shardings)
+        memory = self.step.memory_analysis()
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        self.peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
+        self.figures = {
+            **_wire(self.step.as_text(), devices),
+            "peak_bytes": self.peak,
+            "compile_seconds": round(seconds, 1),
+        }
+
+
+def _wire(text: str, devices: int) -> dict[str, Any]:
+    """What a compiled program sends in an update, and the largest of its collectives."""
+    try:
+        found = collectives.read(text, devices)
+    except ValueError as error:  # its time can be measured all the same
+        return {"payload_bytes": None, "sent_bytes": None, "unread": str(error)}
+    largest = sorted(found, key=lambda own: -own.payload)[:12]
+    return {
+        "payload_bytes": collectives.payload(found),
+        "sent_bytes": round(collectives.sent(found)),
+        "collectives": collectives.by_kind(found),
+        "largest": [own._asdict() for own in largest],
+    }
+
+
+class Turns:
+    """Lets methods train in turn on parameters that they hand on: one set is alive at a time."""
+
+    def __init__(self, steps: dict[str, Compiled]):
+        self.steps = steps
+        self.states: dict[str, Any] = {}
+        self.devices, self.params, self.batches = 0, None, None
+
+    def update(self, name: str) -> float:
+        """Train for one update; its seconds a micro-step."""
+        own = self.steps[name]
+        if self.devices != own.devices:
+            self.params = self.batches = None  # frees them first
+            self.params, self.batches = own.draw(jax.random.key(0))
+            self.devices = own.devices
+        if name not in self.states:
+            self.states[name] = own.init(self.params)
+        jax.block_until_ready((self.params, self.states[name], self.batches))
+        start = time.perf_counter()
+        loss, self.params, self.states[name] = own.step(
+            self.params, self.states[name], self.batches
+        )
+        loss = float(loss)
+        seconds = time.perf_counter() - start
+        if not math.isfinite(loss):
+            raise ValueError(f"{name}: the loss is {loss}")
+        return seconds / len(jax.tree.leaves(self.batches)[0])
+
+    def forget(self, name: str) -> None:
+        """After a failure, which may have taken parameters and state with it."""
+        self.states.pop(name, None)
+        self.devices, self.params, self.batches = 0, None, None
+
+
+def measure(case: Case, rounds: int, known: str | None) -> dict[str, Any] | None:
+    every = jax.device_count()
+    shape, dtype = models.SHAPES[case.model], jnp.dtype(case.dtype)
+
+    def lower(method: str, devices: int) -> divided.Program:
+        sizes = (case.batch, case.length, case.accumulate, case.rank)
+        mesh = divided.mesh_of(devices)
+        return divided.lower(method, case.division, mesh, shape, dtype, *sizes)
+
+    named = [(name, every) for name in case.methods] + [(name, 1) for name in case.alone]
+    devices = {label(name, count): count for name, count in named}
+    programs = {label(name, count): lower(name, count) for name, count in named}
+    program = results.fingerprint(*(x.lowered for x in programs.values()))
+    if program == known:
+        return None
+    steps, errors = _compiled(programs, devices, shape.vocabulary)
+    turns = Turns(steps)
+    for name in [*steps]:
+        if error := _failure(lambda name=name: _first(turns, name)):
+            errors[name] = error
+            turns.forget(name)
+            del steps[name]
+    figures = {name: own.figures for name, own in steps.items()}
+    common = {"program": program, "programs": figures, "errors": errors}
+    if not steps:
+        return common | {"error": next(iter(errors.values()))}
+    updates = {name: functools.partial(turns.update, name) for name in steps}
+    return common | timing.take_turns(updates, rounds, warmup=0)
+
+
+def label(method: str, devices: int) -> str:
+    return f"{method} ×{devices}"
+
+
+def _compiled(
+    programs: dict[str, divided.Program], devices: dict[str, int], vocabulary: int
+) -> tuple[dict[str, Compiled], dict[str, str]]:
+    """What compiles, several at once, and why the others do not."""
+    steps: dict[str, Compiled] = {}
+    errors: dict[str, str] = {}
+
+    def compile_one(name: str) -> None:
+        def compiled() -> None:
+            steps[name] = Compiled(programs[name], devices[name], vocabulary)
+
+        if error := _failure(compiled):
+            errors[name] = error
+
+    with ThreadPoolExecutor(len(programs)) as pool:
+        [*pool.map(compile_one, programs)]
+    return {name: steps[name] for name in programs if name in steps}, errors
+
+
+def _first(turns: Turns, name: str) -> None:
+    """An update that is not timed, unless its memory is known not to suffice."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    own = turns.steps[name]
+    others = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(turns.states))
+    if own.peak + others > limit:
+        needs = f"{own.peak / 2**30:.1f} GiB, beside the others' {others / 2**30:.1f}"
+        raise MemoryError(f"needs {needs}; the device has {limit / 2**30:.1f}")
+    turns.update(name)
+
+
+def _failure(work: Callable[[], None]) -> str | None:
+    """Why it failed, in a line, or None: that something does not fit is a result too."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return None
+
+
+def count_devices() -> dict[str, Any]:
+    return {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
+
+
+def main(s: Settings) -> None:
+    end = time.monotonic() + s.limit
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    here = results.isolated(count_devices)  # this process leaves the devices to the rows'
+    if "error" in here:
+        raise ValueError(here["error"])
+    os.environ["FLORAX_DEVICE"] = f"{here['count']} × {here['kind']}"
+    rows = []
+    for case in CASES[s.size]:
+        if s.only not in case.title:
+            continue
+        if time.monotonic() > end:
+            print(f"not begun in {s.limit:.0f} seconds: {case.title}")
+            continue
+        start = time.monotonic()
+        isolated = functools.partial(results.isolated, measure, case, s.rounds)
+        settings = case.settings(here["count"])
+        rows.append(results.get_of_program(s.results, "scaling", settings, isolated))
+        print(f"{case.title}: {time.monotonic() - start:.0f} seconds\n{tables.scaling(rows[-1:])}")
+        print(flush=True)
+    if len(rows) > 1:
+        print(tables.scaling(rows))
+
+
+if __name__ == "__main__":
+    main(results.settings(Settings, __doc__))
