@@ -175,14 +175,15 @@ def draw(folder: Path, into: Path) -> None:
     own = [r for r in own if r["settings"]["accumulate"] == 16]
     if own:
         frontier(own, into / "bytes.png", "byte")
-    for sweep in (*paper.OTHERS["frontier"], *paper.OTHERS["6"]):
-        own = [
-            r
-            for r in newest.values()
-            if r["settings"]["task"] == sweep.task and r["settings"]["variant"] in sweep.variants
-        ]
-        if own:
-            frontier(own, into / f"{sweep.task}.png", "token")
+    sweeps = {f"table-{name}-{s.task}": s for name in paper.TABLES for s in paper.sweeps(name)}
+    sweeps |= {f"frontier-{s.task}": s for s in paper.OTHERS["frontier"]}
+    sweeps |= {f"table-6-{s.task}": s for s in paper.OTHERS["6"]}
+    for name, sweep in sweeps.items():
+        settings = {"task": sweep.task, **sweep.changes}
+        own = [r for r in newest.values() if settings.items() <= r["settings"].items()]
+        own = [r for r in own if r["settings"]["variant"] in sweep.variants]
+        if len({family(r["settings"]["variant"]) for r in own}) > 2:
+            frontier(own, into / f"{name}.png", "token")
     own = [
         r
         for sweep in paper.OTHERS["3"]
