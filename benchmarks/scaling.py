@@ -325,7 +325,7 @@ def predict(s: Settings) -> None:
             row = results.get_of_program(s.results, "wire", settings, isolated)
             print(f"{case.title} {method}: {row.get('error', 'counted')}", flush=True)
     print(f"\n{predicted.assumptions()}")
-    for model in dict.fromkeys(case.model for case in PAPER):
+    for model in predicted.MODELS:
         each = f"{predicted.EACH} micro-batches of 2,048 tokens an update"
         print(f"\n{model}, {each}:\n{predicted.steps(s.results, model)}")
         print(f"\nwhere sketches save less than 5%:\n{predicted.ends(s.results, model)}")

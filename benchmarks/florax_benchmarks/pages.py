@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from florax_benchmarks import claims, paper, results, summary, tables
+from florax_benchmarks import claims, paper, predicted, results, summary, tables
 from florax_benchmarks.summary import LLAMA, LLAMA_1024, T5, XL16, XL32, Figures, beyond, peak
 from florax_benchmarks.tables import Row, table
 
@@ -307,6 +307,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": summary.table,
     "figure-1": figure_1,
     "claims": claims.block,
+    "scaling-assumptions": lambda folder: predicted.assumptions(),
+    "scaling-steps": partial(predicted.block, table=predicted.steps),
+    "scaling-ends": partial(predicted.block, table=predicted.ends),
+    "scaling-measured": predicted.beside,
     **{f"table-{name}": partial(paper_table, name) for name in paper.TABLES},
     **{f"quality-{name}": partial(quality_table, name) for name in paper.OTHERS},
     **{f"memory-{name}": partial(memory_table, name) for name in paper.FOOTPRINTS},

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # draws into files, needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from florax_benchmarks import paper, results, variants
+from florax_benchmarks import links, paper, predicted, results, variants
 from florax_benchmarks.tables import Row, state_bytes
 
 DECAY = variants.DECAY
@@ -159,6 +159,28 @@ def _step(settings: dict[str, Any]) -> str:
     return f"{name}{dtype}{of_rank}; {how}"
 
 
+def scaling(folder: Path, path: Path) -> None:
+    """How many times as long an update of full size takes as one of sketches, on paper."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    devices, given = [2**i for i in range(3, 13)], links.Links()
+    colors = {"data": "tab:blue", "fsdp": "tab:orange", "hybrid": "tab:green"}
+    for model, marker in zip(predicted.MODELS, "os", strict=True):
+        for division, rows in predicted.rows_of(folder, model).items():
+            for time, style in ((predicted.apart, "-"), (predicted.overlapped, ":")):
+                gains = [predicted.gain(rows, n, given, time) for n in devices]
+                label = f"{model}, {division}" if style == "-" else None
+                line = f"{marker}{style}"
+                axes.plot(devices, gains, line, color=colors[division], markersize=4, label=label)
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(devices, [f"{n:,}" for n in devices])
+    axes.set(xlabel="devices", ylabel="time of full size ÷ time of sketches")
+    axes.plot([], [], "k:", label="what can overlap does")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
 def save(figure: Any, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
@@ -167,6 +189,8 @@ def save(figure: Any, path: Path) -> None:
 
 def draw(folder: Path, into: Path) -> None:
     """All pictures that there are results for."""
+    if results.read(folder, "wire"):
+        scaling(folder, into / "scaling.png")
     rows = [r for r in results.read(folder, "pilot") if r["settings"]["steps"] == 4000]
     if rows:
         pilot([*{r["settings"]["seed"]: r for r in rows}.values()], into / "pilot.png")

@@ -64,30 +64,29 @@ def gain(rows: dict[str, Row], devices: int, given: Links, time: Callable[[Step]
 
 
 def steps(folder: Path, model: str, given: Links | None = None) -> str:
-    """What one device sends in an update, and how long that takes."""
+    """What one device sends in an update, and how long that takes, of full size and of sketches."""
     given = given or Links()
     cells = []
     for division, rows in rows_of(folder, model).items():
         for devices in DEVICES:
-            dense, sketched = (best(rows, way, devices, given, apart) for way in WAYS)
+            own = [best(rows, way, devices, given, apart) for way in WAYS]
             hidden = [best(rows, way, devices, given, overlapped) for way in WAYS]
-            sizes = [
-                f"{x / 1e9:.1f}"
-                for own in (dense, sketched)
-                for x in (own.bytes_within, own.bytes_across)
-            ]
-            times = [f"{own.apart:.2f}" for own in (dense, sketched)]
-            times += [f"{dense.apart / sketched.apart:.2f}"]
-            times += [f"{own.overlapped:.2f}" for own in hidden]
-            times += [f"{hidden[0].overlapped / hidden[1].overlapped:.2f}"]
-            cells.append([division, f"{devices:,}", *sizes, *times])
-    header = ["", "devices", "GB within", "across", "sketched: within", "across"]
-    header += ["s", "sketched", "ratio", "s, overlapped", "sketched", "ratio"]
+            within, across = ([x.bytes_within for x in own], [x.bytes_across for x in own])
+            sizes = [f"{x / 1e9:,.1f}" for x in (*within, *across)]
+            seconds = _times([x.apart for x in own]) + _times([x.overlapped for x in hidden])
+            cells.append([division, f"{devices:,}", *sizes, *seconds])
+    header = ["", "devices", "GB within: full size", "sketches", "across: full size", "sketches"]
+    header += ["s: full size", "sketches", "ratio", "overlapped: full size", "sketches", "ratio"]
     return tables.table(header, cells) if cells else "Not yet run."
 
 
+def _times(both: list[float]) -> list[str]:
+    dense, sketched = both
+    return [f"{dense:.2f}", f"{sketched:.2f}", f"{dense / sketched:.2f}"]
+
+
 def ends(folder: Path, model: str, given: Links | None = None) -> str:
-    """Where sketches stop paying: from which tokens and bandwidths on, and below which number."""
+    """Tokens of a device and update, and bandwidths, from which on sketches save less than 5%."""
     given = given or Links()
     cells = []
     for division, rows in rows_of(folder, model).items():
@@ -209,3 +208,12 @@ def _key(settings: dict[str, Any]) -> tuple[Any, ...]:
 
 def assumptions(given: Links | None = None) -> str:
     return f"Assumed: {(given or Links()).describe()}."
+
+
+def block(folder: Path, table: Callable[[Path, str], str]) -> str:
+    """A table for each model on paper."""
+    own = {model: table(folder, model) for model in MODELS}
+    return "\n\n".join(f"{name}:\n\n{text}" for name, text in own.items())
+
+
+MODELS = ("llama-7b", "llama-70b")
