@@ -177,7 +177,7 @@ def scaling(folder: Path, path: Path) -> None:
     axes.set(xlabel="devices", ylabel="time of full size ÷ time of sketches")
     axes.plot([], [], "k:", label="what can overlap does")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.18))
     save(figure, path)
 
 
