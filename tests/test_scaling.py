@@ -103,6 +103,9 @@ GPU = """
 
 %quiet (p: f32[10]) -> f32[10] {
   ROOT %p = f32[10]{0} parameter(0)
+  %one = f32[1]{0} slice(%p), slice={[0:1]}
+  %two = f32[1]{0} all-reduce(%one), replica_groups={}, to_apply=%add
+  %three = f32[1]{0} all-reduce(%two), replica_groups={}, to_apply=%add
 }
 
 %loud (p: f32[10]) -> f32[10] {
