@@ -226,13 +226,18 @@ def _compiled(
 
 def _first(turns: Turns, name: str) -> None:
     """An update that is not timed, unless its memory is known not to suffice."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    limit = memory_limit()
     own = turns.steps[name]
     others = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(turns.states))
     if own.peak + others > limit:
         needs = f"{own.peak / 2**30:.1f} GiB, beside the others' {others / 2**30:.1f}"
         raise MemoryError(f"needs {needs}; the device has {limit / 2**30:.1f}")
     turns.update(name)
+
+
+def memory_limit() -> float:
+    """Bytes that a device has; CPUs do not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def _failure(work: Callable[[], None]) -> str | None:

@@ -1,5 +1,6 @@
 """Bytes on the wire: read from compiled programs, and what a model of links makes of them."""
 
+import json
 import math
 
 import jax
@@ -13,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tyro")
 
 import scaling
-from florax_benchmarks import collectives, divided, links, methods, models
+from florax_benchmarks import collectives, divided, links, methods, models, predicted
 from florax_benchmarks.collectives import Collective
 from florax_benchmarks.links import Links, Traffic
 
@@ -346,6 +347,53 @@ def test_what_is_compiled_for_few_devices_tells_of_more(division, method):
     fitted = {own[:3]: own for own in scaling.fit(counted(2, 1), counted(4, 1), 2)}
     for key, (size, _) in counted(8, 1).items():
         assert fitted[key].bytes(8) == pytest.approx(size, abs=512)
+
+
+def test_a_prediction_stands_beside_what_was_measured(tmp_path):
+    case = {"model": "gpt2-tiny", "dtype": "float32", "batch": 1, "length": 32, "rank": 8}
+    own = case | {"division": "data", "accumulate": 4}
+    row = {
+        "settings": own | {"devices": 2, "methods": ["full", "full-once"], "alone": ["full"]},
+        "programs": {"full ×2": {"sent_bytes": 7e9}, "full-once ×2": {"sent_bytes": None}},
+        "milliseconds": {"full ×2": 25.0, "full-once ×2": 20.0, "full ×1": 15.0},
+        "rounds": [{"full ×2": 25.0, "full-once ×2": 20.0, "full ×1": 15.0}],
+    }
+    sent = Traffic("all-reduce", "all", "micro-batch", 1.6e9, 0, 0)._asdict()
+    once = sent | {"each": "update"}
+    rows = [
+        {"settings": case | {"division": "data", "method": name, "on_paper": False}, "traffic": [x]}
+        for name, x in (("full", sent), ("full-once", once))
+    ]
+    assert predicted.beside(tmp_path) == "Not yet run."
+    (tmp_path / "scaling.jsonl").write_text(json.dumps(row))
+    (tmp_path / "wire.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = Links(within=200e9, reached=0.8, hop_within=0)  # 1.6e9 bytes take 10 ms
+    *_, full, full_once = predicted.beside(tmp_path, given).splitlines()
+    # Four micro-batches send 1.6e9 bytes each: 15 + 10 ms, or the larger.
+    assert [cell.strip() for cell in full.split("|")[2:-1]] == [
+        *("full", "7.0", "6.4", "25.0", "15.0", "25.0", "1.000", "0.600")
+    ]
+    # Once an update 10 ms, a quarter of them each micro-step's, which nothing overlaps.
+    assert [cell.strip() for cell in full_once.split("|")[2:-1]] == [
+        *("full-once", "-", "1.6", "20.0", "17.5", "17.5", "0.800", "0.750")
+    ]
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_a_row_and_no_abort(monkeypatch):
+    case = scaling.CASES["tiny"][2]
+    monkeypatch.setattr(scaling, "memory_limit", lambda: 1)
+    row = scaling.measure(case, 1, None)
+    assert row["error"] == row["errors"]["full ×8"]
+    assert "needs 0.0 GiB" in row["error"] and row["error"].startswith("MemoryError")
+    monkeypatch.setattr(scaling, "memory_limit", lambda: 2**40)
+    row = scaling.measure(case, 1, None)
+    peaks = {name: own["peak_bytes"] for name, own in row["programs"].items()}
+    assert peaks["both-int8 ×8"] < peaks["full ×8"]
+    monkeypatch.setattr(scaling, "memory_limit", lambda: peaks["full ×8"] - 1)
+    row = scaling.measure(case, 1, None)
+    assert [*row["errors"]] == ["full ×8"]
+    assert [*row["milliseconds"]] == ["both-int8 ×8"]
 
 
 def test_operations_are_eight_for_each_weight_and_token():

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # draws into files, needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from florax_benchmarks import links, paper, predicted, results, variants
+from florax_benchmarks import links, paper, predicted, results, tables, variants
 from florax_benchmarks.tables import Row, state_bytes
 
 DECAY = variants.DECAY
@@ -181,6 +181,34 @@ def scaling(folder: Path, path: Path) -> None:
     save(figure, path)
 
 
+def efficiencies(rows: list[Row], path: Path) -> None:
+    """Measured on one host: time on one device ÷ time on all, a panel for each division."""
+    panels: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        own = row["settings"]
+        lines = panels.setdefault((own["model"], own["division"]), {})
+        for method in own["methods"]:
+            alone, label = f"{method.removesuffix('-once')} ×1", f"{method} ×{own['devices']}"
+            ratio = tables.ratio(row, alone, label)
+            if ratio != "-":
+                lines.setdefault(method, {})[own["devices"]] = float(ratio)
+    columns = len(panels)
+    figure, axes = plt.subplots(
+        1, columns, figsize=(3.5 * columns, 3.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, ((model, division), lines) in zip(axes[0], panels.items(), strict=True):
+        for method, points in lines.items():
+            panel.plot(*zip(*sorted({1: 1.0, **points}.items()), strict=True), "o-", label=method)
+        counts = sorted({1, *(n for points in lines.values() for n in points)})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(counts, map(str, counts))
+        panel.set(title=f"{model}, {division}", xlabel="devices")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8)
+    axes[0][0].set(ylabel="efficiency")
+    save(figure, path)
+
+
 def save(figure: Any, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
@@ -189,6 +217,8 @@ def save(figure: Any, path: Path) -> None:
 
 def draw(folder: Path, into: Path) -> None:
     """All pictures that there are results for."""
+    if measured := predicted.measured_rows(folder):
+        efficiencies(measured, into / "efficiency.png")
     if results.read(folder, "wire"):
         scaling(folder, into / "scaling.png")
     rows = [r for r in results.read(folder, "pilot") if r["settings"]["steps"] == 4000]

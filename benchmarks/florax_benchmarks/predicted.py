@@ -166,12 +166,9 @@ def beside(folder: Path, given: Links | None = None) -> str:
     """
     given = given or Links()
     wires = {_key(row["settings"]): row for row in results.read(folder, "wire")}
-    newest = {str(row["settings"]): row for row in results.read(folder, "scaling")}
     cells = []
-    for row in newest.values():
+    for row in measured_rows(folder):
         own = row["settings"]
-        if "error" in row:
-            continue
         for method in own["methods"]:
             label, alone = f"{method} ×{own['devices']}", f"{method.removesuffix('-once')} ×1"
             if label not in row["milliseconds"]:
@@ -199,6 +196,12 @@ def beside(folder: Path, given: Links | None = None) -> str:
     header = ["", "method", "GB sent", "predicted", "ms", "predicted: overlapped", "apart"]
     header += ["÷ full", "efficiency"]
     return tables.table(header, cells, 2) if cells else "Not yet run."
+
+
+def measured_rows(folder: Path) -> list[Row]:
+    """The newest of each case and number of devices, but those of which nothing could be."""
+    newest = {str(row["settings"]): row for row in results.read(folder, "scaling")}
+    return [row for row in newest.values() if "error" not in row]
 
 
 def _key(settings: dict[str, Any]) -> tuple[Any, ...]:
