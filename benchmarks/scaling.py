@@ -78,8 +78,6 @@ CASES = {
         Case("gpt2-tiny", "float32", 1, 64, 4, 32, "data", ("full", "both-int8"), ()),
     ),
 }
-
-
 PAPER = (
     *(Case("llama-7b", "bfloat16", 1, 2048, 1, 256, d, m, ()) for d, m in
       (("data", DATA), ("fsdp", BOTH), ("hybrid", BOTH))),

@@ -300,6 +300,12 @@ def memory_table(experiment: str, folder: Path) -> str:
     return table(header, cells, 3) if cells else "Not yet run."
 
 
+def scaling_measured(folder: Path) -> str:
+    """The picture of efficiencies, once there is one, and the table."""
+    picture = "![efficiency](plots/efficiency.png)\n\n" if predicted.measured_rows(folder) else ""
+    return picture + predicted.beside(folder)
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "first": first,
     "bits": bits,
@@ -310,7 +316,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "scaling-assumptions": lambda folder: predicted.assumptions(),
     "scaling-steps": partial(predicted.block, table=predicted.steps),
     "scaling-ends": partial(predicted.block, table=predicted.ends),
-    "scaling-measured": predicted.beside,
+    "scaling-measured": scaling_measured,
     **{f"table-{name}": partial(paper_table, name) for name in paper.TABLES},
     **{f"quality-{name}": partial(quality_table, name) for name in paper.OTHERS},
     **{f"memory-{name}": partial(memory_table, name) for name in paper.FOOTPRINTS},
