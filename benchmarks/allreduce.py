@@ -10,7 +10,6 @@ the others have the same gradients with and without florax.
 import dataclasses
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import florax
-from florax_benchmarks import models, results, tables
+from florax_benchmarks import collectives, models, results, tables
 
 DEVICES = 8
 
@@ -66,7 +65,7 @@ def measure(s: Settings) -> dict[str, Any]:
     def reduced(step: Any) -> int:
         jitted = jax.jit(step, in_shardings=(replicated, replicated, replicated, split))
         text = jitted.lower(matrices, state, others, batch).compile().as_text()
-        return all_reduced_bytes(text)
+        return collectives.payload(collectives.read(text, DEVICES))
 
     leaves = [leaf.shape for leaf in jax.tree.leaves(matrices)]
     kept = sum(math.prod(shape) * s.rank / min(shape[1:]) for shape in leaves)
@@ -75,36 +74,6 @@ def measure(s: Settings) -> dict[str, Any]:
         "sketched_bytes": reduced(sketched),
         "rank_over_side": kept / sum(map(math.prod, leaves)),
     }
-
-
-def all_reduced_bytes(text: str) -> int:
-    """Bytes of the results of all collectives in the text of a compiled program."""
-    computations = re.findall(r"^(ENTRY )?%?([\w.-]+) .*\{\n((?: .*\n)*)\}", text, re.M)
-    bodies = {name: body for _, name, body in computations}
-
-    def count(name: str) -> int:
-        total = 0
-        for line in bodies[name].splitlines():
-            if collective := re.search(rf" = (.*?) (?:{COLLECTIVES})(?:-start)?\(", line):
-                total += array_bytes(collective[1])
-            elif loop := re.search(
-                r" while\(.*body=%?([\w.-]+).*known_trip_count\W+n\W+(\d+)", line
-            ):
-                total += int(loop[2]) * count(loop[1])
-            else:
-                total += sum(map(count, re.findall(r"(?:to_apply|calls)=%?([\w.-]+)", line)))
-        return total
-
-    return next(count(name) for entry, name, _ in computations if entry)
-
-
-COLLECTIVES = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
-
-
-def array_bytes(types: str) -> int:
-    """Of one or more types as in `f32[1024,32]{1,0}`."""
-    arrays = re.findall(r"[a-z](\d+)\[([\d,]*)\]", types.replace("bf", "f"))
-    return sum(int(n) // 8 * math.prod(int(i) for i in axes.split(",") if i) for n, axes in arrays)
 
 
 def main(s: Settings) -> None:

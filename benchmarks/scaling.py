@@ -5,6 +5,9 @@
 
 Every device has as many rows of a micro-batch, on one device as on all (weak scaling), so that an
 efficiency is the time on one divided by that on all. Bytes are counted in the compiled program.
+
+On paper, bytes are those of programs that are compiled for 8 and 16 devices of the CPU, without an
+array; times are those of a model of links, whose assumptions are printed.
 """
 
 import dataclasses
@@ -15,12 +18,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from florax_benchmarks import collectives, divided, models, results, tables, timing
+from florax_benchmarks import (
+    collectives,
+    divided,
+    links,
+    models,
+    predicted,
+    results,
+    tables,
+    timing,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +78,16 @@ CASES = {
         Case("gpt2-tiny", "float32", 1, 64, 4, 32, "data", ("full", "both-int8"), ()),
     ),
 }
+PAPER = (
+    *(Case("llama-7b", "bfloat16", 1, 2048, 1, 256, d, m, ()) for d, m in
+      (("data", DATA), ("fsdp", BOTH), ("hybrid", BOTH))),
+    *(Case("llama-70b", "bfloat16", 1, 2048, 1, 512, d, BOTH, ()) for d in ("fsdp", "hybrid")),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    part: Literal["measure"] = "measure"  # what to do
+    part: Literal["measure", "predict"] = "measure"  # what to do
     size: Literal["real", "tiny"] = "real"  # of the models; tiny ones to try the script
     only: str = ""  # only rows with this text in their title, as in "llama-7b fsdp"
     rounds: int = 3  # timed updates of each method, after one that is not
@@ -207,13 +224,18 @@ def _compiled(
 
 def _first(turns: Turns, name: str) -> None:
     """An update that is not timed, unless its memory is known not to suffice."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    limit = memory_limit()
     own = turns.steps[name]
     others = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(turns.states))
     if own.peak + others > limit:
         needs = f"{own.peak / 2**30:.1f} GiB, beside the others' {others / 2**30:.1f}"
         raise MemoryError(f"needs {needs}; the device has {limit / 2**30:.1f}")
     turns.update(name)
+
+
+def memory_limit() -> float:
+    """Bytes that a device has; CPUs do not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
 
 def _failure(work: Callable[[], None]) -> str | None:
@@ -229,7 +251,91 @@ def count_devices() -> dict[str, Any]:
     return {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
 
 
-def main(s: Settings) -> None:
+# On paper.
+
+HOST = 8  # devices of a host
+COUNTED = 7  # micro-batches: no number of layers, so that what runs in each is told from these
+
+
+def compiled_bytes(case: Case, method: str, known: str | None) -> dict[str, Any] | None:
+    """What enters the collectives of a method's compiled program, on any number of devices."""
+    # Where all devices have a part of the parameters each, from two numbers of parts.
+    meshes = [(HOST, 2)] if case.division == "hybrid" else [(HOST, 1)]
+    meshes += [(2 * HOST, 1)] if case.division == "fsdp" else []
+    lowered = [
+        divided.lower(
+            method, case.division, divided.mesh_of(*sizes), models.SHAPES[case.model],
+            jnp.dtype(case.dtype), case.batch, case.length, COUNTED, case.rank,
+        ).lowered
+        for sizes in meshes
+    ]  # fmt: skip
+    if (program := results.fingerprint(*lowered)) == known:
+        return None
+    counted = [
+        _traffic(own.compile().as_text(), case.division, *sizes)
+        for own, sizes in zip(lowered, meshes, strict=True)
+    ]
+    if case.division == "fsdp":
+        fitted = fit(*counted, HOST)
+    else:
+        fitted = [links.Traffic(*key, size, 0, count) for key, (size, count) in counted[0].items()]
+    traffic = [own._asdict() for own in fitted if own.bytes(HOST) >= 1]
+    return {"program": program, "traffic": traffic}
+
+
+Counted: TypeAlias = dict[tuple[str, str, str], tuple[float, float]]
+
+
+def _traffic(text: str, division: str, devices: int, hosts: int) -> Counted:
+    """Bytes and collectives by kind, by the devices among which, and by how often."""
+    found = collectives.read(text, devices * hosts, devices, as_on_gpus=True)
+    totals: Counted = {}
+    for own in found:
+        spans = "devices" if own.hosts == 1 else "hosts" if own.hosts == own.group else "all"
+        in_each = own.times % COUNTED == 0
+        key = (
+            own.kind,
+            spans if division == "hybrid" else "all",
+            "micro-batch" if in_each else "update",
+        )
+        times = own.times / COUNTED if in_each else own.times
+        size, count = totals.get(key, (0.0, 0.0))
+        totals[key] = (size + own.bytes * times, count + times)
+    return totals
+
+
+def fit(some: Counted, twice: Counted, parts: int) -> list[links.Traffic]:
+    """Of bytes with so many parts of the parameters, and with twice as many: a + b / parts."""
+    traffic = []
+    for key in {**some, **twice}:
+        (few, count), (many, count_of_many) = (own.get(key, (0.0, 0.0)) for own in (some, twice))
+        sizes = (2 * many - few, 2 * parts * (few - many))
+        traffic.append(links.Traffic(*key, *sizes, max(count, count_of_many)))
+    return traffic
+
+
+def predict(s: Settings) -> None:
+    os.environ["FLORAX_DEVICE"] = "cpu"  # compiled for it, not run
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(2 * HOST)
+    on_paper = [(case, True) for case in PAPER] if s.size == "real" else []
+    for case, paper in [*((case, False) for case in CASES[s.size]), *on_paper]:
+        for method in case.methods if s.only in case.title else ():
+            settings = case.settings(0) | {"method": method, "on_paper": paper}
+            for name in ("part", "devices", "accumulate", "methods", "alone"):
+                del settings[name]
+            isolated = functools.partial(results.isolated, compiled_bytes, case, method)
+            row = results.get_of_program(s.results, "wire", settings, isolated)
+            print(f"{case.title} {method}: {row.get('error', 'counted')}", flush=True)
+    print(f"\n{predicted.assumptions()}")
+    for model in predicted.MODELS:
+        each = f"{predicted.EACH} micro-batches of 2,048 tokens an update"
+        print(f"\n{model}, {each}:\n{predicted.steps(s.results, model)}")
+        print(f"\nwhere sketches save less than 5%:\n{predicted.ends(s.results, model)}")
+    print(f"\nmeasured, beside what is predicted:\n{predicted.beside(s.results)}")
+
+
+def measure_all(s: Settings) -> None:
     end = time.monotonic() + s.limit
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     here = results.isolated(count_devices)  # this process leaves the devices to the rows'
@@ -251,6 +357,10 @@ def main(s: Settings) -> None:
         print(flush=True)
     if len(rows) > 1:
         print(tables.scaling(rows))
+
+
+def main(s: Settings) -> None:
+    (predict if s.part == "predict" else measure_all)(s)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def read(
             ]
             yield Collective(kind, sum(sizes), len(ids), 1, hosts)
         elif x.kind == "while":
-            inside = of(_named("body", x.attributes))
+            inside = of(_named("body", x.attributes)) + of(_named("condition", x.attributes))
             count = re.search(r"known_trip_count\W+n\W+(\d+)", x.attributes)
             if inside and not count:
                 raise ValueError(f"the loop {x.name} does not say how often it runs")

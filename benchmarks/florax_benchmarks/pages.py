@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from florax_benchmarks import claims, paper, results, summary, tables
+from florax_benchmarks import claims, paper, predicted, results, summary, tables
 from florax_benchmarks.summary import LLAMA, LLAMA_1024, T5, XL16, XL32, Figures, beyond, peak
 from florax_benchmarks.tables import Row, table
 
@@ -300,6 +300,12 @@ def memory_table(experiment: str, folder: Path) -> str:
     return table(header, cells, 3) if cells else "Not yet run."
 
 
+def scaling_measured(folder: Path) -> str:
+    """The picture of efficiencies, once there is one, and the table."""
+    picture = "![efficiency](plots/efficiency.png)\n\n" if predicted.measured_rows(folder) else ""
+    return picture + predicted.beside(folder)
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "first": first,
     "bits": bits,
@@ -307,6 +313,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "summary": summary.table,
     "figure-1": figure_1,
     "claims": claims.block,
+    "scaling-assumptions": lambda folder: predicted.assumptions(),
+    "scaling-steps": partial(predicted.block, table=predicted.steps),
+    "scaling-ends": partial(predicted.block, table=predicted.ends),
+    "scaling-measured": scaling_measured,
     **{f"table-{name}": partial(paper_table, name) for name in paper.TABLES},
     **{f"quality-{name}": partial(quality_table, name) for name in paper.OTHERS},
     **{f"memory-{name}": partial(memory_table, name) for name in paper.FOOTPRINTS},

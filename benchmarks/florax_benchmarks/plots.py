@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # draws into files, needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from florax_benchmarks import paper, results, variants
+from florax_benchmarks import links, paper, predicted, results, tables, variants
 from florax_benchmarks.tables import Row, state_bytes
 
 FAMILIES = {  # of variants, by what their names have: how each is drawn
@@ -158,6 +158,56 @@ def _step(settings: dict[str, Any]) -> str:
     return f"{name}{dtype}{of_rank}; {how}"
 
 
+def scaling(folder: Path, path: Path) -> None:
+    """How many times as long an update of full size takes as one of sketches, on paper."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    devices, given = [2**i for i in range(3, 13)], links.Links()
+    colors = {"data": "tab:blue", "fsdp": "tab:orange", "hybrid": "tab:green"}
+    for model, marker in zip(predicted.MODELS, "os", strict=True):
+        for division, rows in predicted.rows_of(folder, model).items():
+            for time, style in ((predicted.apart, "-"), (predicted.overlapped, ":")):
+                gains = [predicted.gain(rows, n, given, time) for n in devices]
+                label = f"{model}, {division}" if style == "-" else None
+                line = f"{marker}{style}"
+                axes.plot(devices, gains, line, color=colors[division], markersize=4, label=label)
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(devices, [f"{n:,}" for n in devices])
+    axes.set(xlabel="devices", ylabel="time of full size ÷ time of sketches")
+    axes.plot([], [], "k:", label="what can overlap does")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.18))
+    save(figure, path)
+
+
+def efficiencies(rows: list[Row], path: Path) -> None:
+    """Measured on one host: time on one device ÷ time on all, a panel for each division."""
+    panels: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        own = row["settings"]
+        lines = panels.setdefault((own["model"], own["division"]), {})
+        for method in own["methods"]:
+            alone, label = f"{method.removesuffix('-once')} ×1", f"{method} ×{own['devices']}"
+            ratio = tables.ratio(row, alone, label)
+            if ratio != "-":
+                lines.setdefault(method, {})[own["devices"]] = float(ratio)
+    columns = len(panels)
+    figure, axes = plt.subplots(
+        1, columns, figsize=(3.5 * columns, 3.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, ((model, division), lines) in zip(axes[0], panels.items(), strict=True):
+        for method, points in lines.items():
+            panel.plot(*zip(*sorted({1: 1.0, **points}.items()), strict=True), "o-", label=method)
+        counts = sorted({1, *(n for points in lines.values() for n in points)})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(counts, map(str, counts))
+        panel.set(title=f"{model}, {division}", xlabel="devices")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize=8)
+    axes[0][0].set(ylabel="efficiency")
+    save(figure, path)
+
+
 def save(figure: Any, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
@@ -166,6 +216,10 @@ def save(figure: Any, path: Path) -> None:
 
 def draw(folder: Path, into: Path) -> None:
     """All pictures that there are results for."""
+    if measured := predicted.measured_rows(folder):
+        efficiencies(measured, into / "efficiency.png")
+    if results.read(folder, "wire"):
+        scaling(folder, into / "scaling.png")
     rows = [r for r in results.read(folder, "pilot") if r["settings"]["steps"] == 4000]
     if rows:
         pilot([*{r["settings"]["seed"]: r for r in rows}.values()], into / "pilot.png")

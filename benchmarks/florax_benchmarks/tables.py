@@ -67,18 +67,30 @@ def scaling(rows: list[Row]) -> str:
             sizes = [mebibytes(own[f"{name}_bytes"]) for name in ("payload", "sent", "peak")]
             times = [
                 f"{r['milliseconds'][label]:.2f}",
-                _ratio(r, label, full),
-                _ratio(r, f"{method.removesuffix('-once')} ×1", label),
+                ratio(r, label, full),
+                ratio(r, f"{method.removesuffix('-once')} ×1", label),
             ]
             cells.append([title, method, *sizes, *times])
     header = ["", "method", "entering MiB", "sent MiB", "peak MiB", "ms", "÷ full", "efficiency"]
     return failures + table(header, cells, 2)
 
 
-def _ratio(row: Row, name: str, against: str) -> str:
+def ratio(row: Row, name: str, against: str) -> str:
     """The median of the rounds' ratios."""
     pairs = [(r[name], r[against]) for r in row["rounds"] if name in r and against in r]
     return f"{statistics.median(x / y for x, y in pairs):.3f}" if pairs else "-"
+
+
+def wire(rows: list[Row]) -> str:
+    """Bytes that enter collectives on one device, and how many run."""
+    cells = []
+    for r in rows:
+        for own in r["traffic"]:
+            name = [r["settings"]["method"], own["kind"], own["spans"], own["each"]]
+            sizes = [mebibytes(own[kind]) for kind in ("fixed", "divided")]
+            cells.append([*name, *sizes, f"{own['count']:,.0f}"])
+    header = ["method", "collective", "among", "in each", "MiB", "MiB ÷ parts", "count"]
+    return table(header, cells, 4)
 
 
 def peers(rows: list[Row]) -> str:
@@ -227,6 +239,7 @@ OF = {
     "main_job": times,
     "allreduce": allreduce,
     "scaling": scaling,
+    "wire": wire,
     "peers": peers,
     "host_time": host_time,
     "compile_time": compile_time,
