@@ -115,6 +115,11 @@ def lead_inside(app: Sphinx, path: Path, parent: str, content: list[str]) -> Non
     content[0] = LINK.sub(inside, content[0])
 
 
+def end_blocks(app: Sphinx, page: str, content: list[str]) -> None:
+    """Drop the empty line that ends a doctest before the fence of its block."""
+    content[0] = content[0].replace("\n\n```\n", "\n```\n")
+
+
 # Types that jax and optax have a word for; in a signature they would be a line each.
 WORDS = {
     stringify_annotation(own, "smart"): word
@@ -138,5 +143,6 @@ def setup(app: Sphinx) -> None:
     """Register what is above."""
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.add_directive("results", Results)
+    app.connect("source-read", end_blocks)
     app.connect("include-read", lead_inside)
     app.connect("autodoc-process-signature", shorten)
