@@ -97,7 +97,7 @@ PAGES = {
     ROOT / "benchmarks/README.md": DOCS / "benchmarks.md",
     ROOT / "examples/README.md": DOCS / "examples.md",
 }
-LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(#[\w-]+)?\)")
+LINK = re.compile(r"\[([^][]*)\]\((?!https?:)([^)#\s]+)(#[\w-]+)?\)")
 
 
 def lead_inside(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
@@ -106,11 +106,14 @@ def lead_inside(app: Sphinx, path: Path, parent: str, content: list[str]) -> Non
     page = DOCS / f"{parent}.md"
 
     def inside(found: re.Match) -> str:
-        target = (source.parent / found[1]).resolve()
+        target = (source.parent / found[2]).resolve()
+        is_page = target in PAGES or DOCS in target.parents
+        if target.is_dir() or (target.suffix == ".md" and not is_page):
+            return found[1]  # there is nothing to show
         # Headings of the front page are here on other pages: which, moves with them.
-        anchor = "" if target == ROOT / "README.md" else found[2] or ""
+        anchor = "" if target == ROOT / "README.md" else found[3] or ""
         own = os.path.relpath(PAGES.get(target, target), page.parent)
-        return f"]({own}{anchor})"
+        return f"[{found[1]}]({own}{anchor})"
 
     content[0] = LINK.sub(inside, content[0])
 
