@@ -28,6 +28,8 @@ ShouldSkip: TypeAlias = Callable[..., tuple[Any, Any]]
 class FloraAccumulateState(NamedTuple):
     """State of `flora_accumulate`; its fields are those of `optax.MultiStepsState`, and `updated`.
 
+    `gradient_step`, a property, is how many updates the base optimizer has made.
+
     Attributes:
       mini_step: micro-steps since the last update of the base optimizer, shape `()`, int32.
       sketch: the accumulated gradient; `sketch.arrays` is a tree like the parameters with, per
@@ -36,6 +38,12 @@ class FloraAccumulateState(NamedTuple):
       inner_opt_state: state of the base optimizer.
       updated: whether the base optimizer ran in the last micro-step, shape `()`, bool.
       skip_state: what `should_skip_update_fn` last reported.
+
+    >>> import florax, jax.numpy as jnp, optax
+    >>> tx = florax.flora_accumulate(optax.sgd(0.1), every_k_schedule=2, rank=16)
+    >>> state = tx.init({"kernel": jnp.ones((512, 256))})
+    >>> state.sketch.arrays["kernel"].shape, int(state.mini_step), int(state.gradient_step)
+    ((512, 16), 0, 0)
     """
 
     mini_step: jax.Array
@@ -112,8 +120,8 @@ def flora_accumulate(
         every 33 to 64 entries, rounded stochastically at every micro-step. Of the bytes of a
         full-size float32 accumulator take for about a quarter full size (`rank` a function that
         gives None) in 8 bits, for an eighth the same in 4; and for less sketches of both sides in
-        4 bits, of half of the width for a sixteenth, of a quarter for 1/32: the README says what
-        each costs. Sketches peak lower, and in floats can be summed over devices.
+        4 bits, of half of the width for a sixteenth, of a quarter for 1/32: the documentation says
+        what each costs. Sketches peak lower, and in floats can be summed over devices.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `FloraAccumulateState`. A

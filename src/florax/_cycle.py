@@ -25,6 +25,9 @@ def has_updated(state: optax.OptState) -> jax.Array:
     Args:
       state: a state with that of `flora_accumulate` in it.
 
+    Returns:
+      True or False, as an array; False before the first micro-step.
+
     Raises:
       TypeError: `state` is the state of something else.
 
@@ -118,7 +121,17 @@ def finish(
       TypeError: there is no `flora_accumulate` in the state.
       ValueError: `tx` does more than to accumulate, `params` are others than those of the state.
 
-    For an example see `accumulate`. Source: the rest of Algorithm 1 in Hao et al., 2024
+    >>> import florax, jax.numpy as jnp, optax
+    >>> tx = florax.flora_accumulate(optax.sgd(0.1), every_k_schedule=2, rank=2)
+    >>> params = jnp.ones((8, 4))
+    >>> state = tx.init(params)
+    >>> for grads in jnp.ones((2, 8, 4)):
+    ...     state = florax.accumulate(tx, grads, state)
+    >>> params, state = florax.finish(tx, params, state)
+    >>> int(state.gradient_step), int(state.mini_step)
+    (1, 0)
+
+    Within one jit: see `accumulate`. Source: the rest of Algorithm 1 in Hao et al., 2024
     (arXiv:2402.03293).
     """
     return end("finish", tx, params, state, extra_args)

@@ -134,6 +134,9 @@ def attention_and_feed_forward(path: KeyPath, leaf: Any) -> bool:
       path: key path of the leaf, as `jax.tree_util.tree_map_with_path` gives it.
       leaf: the parameter; not used.
 
+    Returns:
+      True or False.
+
     >>> import florax, jax, jax.numpy as jnp
     >>> w = jnp.zeros((8, 8))
     >>> params = {"wte": w, "h": [{"attn": {"c_attn": w}, "mlp": {"c_fc": w}}]}

@@ -17,6 +17,12 @@ class FloraMomentumState(NamedTuple):
       count: updates seen so far, shape `()`, int32.
       sketch: the momentum; `sketch.arrays` is a tree like the parameters with, per leaf, its
         sketch, shape `(*batch, *rows, rank)`, or a full-size average if it is kept dense.
+
+    >>> import florax, jax.numpy as jnp
+    >>> tx = florax.flora_momentum(rank=16)
+    >>> state = tx.init({"kernel": jnp.ones((512, 256)), "bias": jnp.zeros(256)})
+    >>> {name: x.shape for name, x in state.sketch.arrays.items()}, int(state.count)
+    ({'bias': (256,), 'kernel': (512, 16)}, 0)
     """
 
     count: jax.Array  # type: ignore[assignment]  # the name of Optax's counts, not tuple.count

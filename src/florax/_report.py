@@ -54,7 +54,7 @@ class StateReport:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that FLORA keeps: sketches and leaves kept dense."""
+        """Bytes that FLORA keeps, in sketches and in leaves kept dense."""
         return sum(row.state_bytes for row in self.rows)
 
     @property
@@ -75,7 +75,7 @@ class StateReport:
 
     @property
     def notes(self) -> list[str]:
-        """What looks like a mistake: stacks of vectors beside stacks of matrices."""
+        """What looks like a mistake, which is stacks of vectors beside stacks of matrices."""
         return [
             f"Note: {row.path} of shape {_shape(row.shape)} is compressed as one matrix, while "
             f"{stack.path} of shape {_shape(stack.shape)} is kept dense. If both are stacks of "

@@ -28,9 +28,22 @@ class Sketch:
     cycle or another state is refused, or, where values are traced, becomes NaN.
 
     Attributes:
-      array: the sketch, shape `(*batch, *rows, rank)`, float32 or the parameter's dtype if wider.
+      array: the sketch, shape `(*batch, *rows, rank)`, float32 or the parameter's dtype if wider;
+        where both sides are projected, a tuple of two.
       stamp: of which projections it is, shape `(5,)`, float32; added and scaled as `array` is.
       leaf: the leaf that it belongs to; static.
+
+    Raises:
+      TypeError: it is used as an array.
+
+    >>> import florax, jax, jax.numpy as jnp, optax
+    >>> tx = florax.flora_accumulate(optax.sgd(0.1), every_k_schedule=2, rank=2)
+    >>> params = jnp.ones((8, 4))
+    >>> gradient = florax.value_and_grad(lambda w, x: jnp.mean(x @ w), tx)
+    >>> state = tx.init(params)
+    >>> sketches = [gradient(params, x, opt_state=state)[1] for x in jnp.ones((2, 16, 8))]
+    >>> jax.tree.map(jnp.add, *sketches).array.shape
+    (8, 2)
     """
 
     array: jax.Array
