@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from florax_benchmarks import claims, paper, predicted, results, summary, tables
-from florax_benchmarks.summary import LLAMA, LLAMA_1024, T5, XL16, XL32, Figures, beyond, peak
+from florax_benchmarks.summary import LLAMA, XL32, Figures, beyond, peak
 from florax_benchmarks.tables import Row, table
 
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
@@ -31,10 +31,6 @@ def gib(mib: float | None) -> str:
 
 def whole(x: float | None) -> str:
     return "" if x is None else f"{x:,.0f}"
-
-
-def two(x: float | None) -> str:
-    return "" if x is None else f"{x:.2f}".rstrip("0").rstrip(".")
 
 
 def mean(rows: Iterable[Row], name: str) -> float | None:
@@ -165,48 +161,6 @@ def _has(row: Row, settings: dict[str, Any]) -> bool:
     return "error" not in row and settings.items() <= row["settings"].items()
 
 
-def real(folder: Path) -> str:
-    """Memory in MiB and time at the shapes of real models."""
-    figures = Figures(folder)
-
-    def line(text: str, numbers: list[float | None], form: Callable[[Any], str]) -> list[str]:
-        *others, own = map(form, numbers)
-        return [text, *others, f"**{own}**"]
-
-    llama_ratio = figures.times("speed", LLAMA, "ratio")("sketched")
-    rows = [
-        line(
-            "GPT-2-XL shape, float32, 1×512: memory beyond parameters and optimizer state",
-            figures.memory(XL32, beyond),
-            whole,
-        ),
-        line("time of a micro-step", figures.micro_step(XL32), two),
-        line("the same, bfloat16, 8×512", figures.memory(XL16, beyond), whole),
-        line("time of a micro-step", figures.micro_step(XL16), two),
-        line(
-            "LLaMA-7B shape, bfloat16, 16×256: peak, of which parameters are 12,852",
-            figures.memory(LLAMA, peak),
-            whole,
-        ),
-        line("time of a micro-step (1)", [None, 1, None, llama_ratio], two),
-        line("T5-3B shape, float32, 512 → 128 tokens: peak", figures.memory(T5, peak), whole),
-        line(
-            "LLaMA-7B, layer by layer, with momentum, without accumulation: peak (2)",
-            [None, None, 21.2 * 2**10, figures.one("memory", LLAMA | LAYERWISE, peak)],
-            whole,
-        ),
-        line(
-            "the same, r = 1024",
-            [None, None, None, figures.one("memory", LLAMA_1024 | LAYERWISE, peak)],
-            whole,
-        ),
-    ]
-    return table(["", "no accumulation", "full size", "FLORA as published", "florax"], rows)
-
-
-LAYERWISE = {"method": "layerwise"}
-
-
 # The paper.
 
 
@@ -309,7 +263,6 @@ def scaling_measured(folder: Path) -> str:
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "first": first,
     "bits": bits,
-    "real": real,
     "summary": summary.table,
     "figure-1": figure_1,
     "claims": claims.block,
