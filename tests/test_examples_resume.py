@@ -8,8 +8,10 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -31,7 +33,16 @@ for requirement in (
     pytest.importorskip(requirement)
 
 from flax import nnx
-from tiny import InterruptedAfter, settings, start, train, weights, write_few_pairs
+from tiny import (
+    InterruptedAfter,
+    command_of,
+    environment,
+    settings,
+    start,
+    train,
+    weights,
+    write_few_pairs,
+)
 
 from florax_examples import tokenization, training
 from florax_examples.datasets import load_pairs
@@ -286,3 +297,49 @@ def test_a_script_killed_at_any_time_ends_with_the_same_bits(seed, small, never_
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert end_of(tmp_path) == never_killed
+
+
+SHORT = ("--updates=20", "--evaluations=5")
+# In a mount namespace of its own: a disk that is full, and later is not.
+FULL_DISK = """
+mount -t tmpfs -o size={kib}k tmpfs {disk}
+{command} 2> {disk}.first
+status=$?
+ls {disk}/flora/checkpoint > {disk}.left
+mount -o remount,size=100m {disk}
+{command} --resume 2> {disk}.second && cp -r {disk}/flora {disk}.end
+exit $status
+"""
+
+
+@pytest.fixture(scope="module")
+def never_full(small, tmp_path_factory):
+    output = tmp_path_factory.mktemp("never_full")
+    process = start("gpt2", "--output", output, *small, *SAVING, *SHORT)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return end_of(output)
+
+
+@pytest.mark.slow
+# A checkpoint takes about 350 KiB, as soon as there are two of them they stay two.
+@pytest.mark.parametrize("kib", [400, 820, 900])
+def test_a_run_goes_on_once_a_full_disk_has_room(kib, small, never_full, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"unshare -rm mount -t tmpfs tmpfs {disk}"
+    if not shutil.which("unshare") or subprocess.run(mount.split()).returncode:
+        pytest.skip("needs a system where a user may mount")
+    command = shlex.join(command_of("gpt2", "--output", disk, *small, *SAVING, *SHORT))
+    shell = FULL_DISK.format(kib=kib, disk=disk, command=command)
+    process = subprocess.run(["unshare", "-rm", "sh", "-c", shell], env=environment(), timeout=600)
+    assert process.returncode == 1
+    lines = re.split(r"[\r\n]+", disk.with_suffix(".first").read_text())
+    others = [line for line in lines if line and "micro-batches" not in line]
+    assert len(others) == 1, others
+    assert re.match(r"error: .* cannot be written: .*(No space left on device|are free)", others[0])
+    assert disk.with_suffix(".left").read_text()
+    second = disk.with_suffix(".second").read_text()
+    assert " 0/20" not in second  # it did go on
+    (tmp_path / "disk.end").rename(tmp_path / "flora")
+    assert end_of(tmp_path) == never_full

@@ -99,12 +99,21 @@ def write_few_pairs(folder):
             file.write(text)
 
 
-def start(script, *arguments, **environment):
-    """A process that runs a script, with these variables in its environment."""
+def command_of(script, *arguments):
+    return [sys.executable, str(REPOSITORY / f"examples/{script}.py"), *map(str, arguments)]
+
+
+def environment(**variables):
+    """That of a process which runs a script, with these variables in it."""
     path = [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)} | variables
+
+
+def start(script, *arguments, **variables):
+    """A process that runs a script."""
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / f"examples/{script}.py"), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)} | environment,
+        command_of(script, *arguments),
+        env=environment(**variables),
         text=True,
         encoding="utf-8",
         stdout=subprocess.PIPE,

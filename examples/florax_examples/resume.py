@@ -1,11 +1,15 @@
 """Checkpoints from which a run goes on to the same bits, and Ctrl-C that leaves one."""
 
+import contextlib
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from florax_examples import devices
 from florax_examples.models.checkpoints import CheckpointError
-from florax_examples.report import write_json
+from florax_examples.report import human, tree_bytes, write_json
 
 DIGESTS = "digests.json"
 
@@ -71,7 +75,9 @@ class Checkpoints:
                     shutil.rmtree(self._of(old))
                 folder.mkdir(parents=True)
             devices.wait_for_all("there is a folder for the checkpoint")
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            _check_room(folder, tree_bytes(state))
+            devices.wait_for_all("there is room for the checkpoint")
+            with _no_traces(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                 checkpointer.save(folder / "state", args=ocp.args.StandardSave(state))
             if devices.is_first():
                 write_json(folder / "notes.json", notes)
@@ -79,7 +85,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
             shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(
-                f"the checkpoint {folder} cannot be written: {_short(error)}"
+                f"the checkpoint {folder} cannot be written: {_reason(error)}; what was saved "
+                "before is there: add --resume to go on from it"
             ) from error
         devices.wait_for_all("the checkpoint is complete")
 
@@ -137,8 +144,29 @@ def _damage(folder: Path) -> str | None:
     return f"{wrong[0]} is not what was written" if wrong else None
 
 
-def _short(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def _check_room(folder: Path, needed: int) -> None:
+    """Where Orbax runs out of room in the middle, its threads say so in pages."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"it needs {human(needed)}, and {human(free)} are free")
+
+
+@contextlib.contextmanager
+def _no_traces() -> Iterator[None]:
+    """Without Orbax's own words on an error that it raises as well: pages of them."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, which TensorStore has at the end of a long sentence."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else str(error).partition("\n")[0]
 
 
 class Interruption:

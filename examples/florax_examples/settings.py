@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -183,6 +184,10 @@ def run(main: Callable[[S], None], settings: type[S], description: str | None) -
             main(chosen)
     except (CheckpointError, DataError, TokenizerError) as mistake:
         sys.exit(f"error: {mistake}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {error}")  # the disk is full
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
