@@ -53,7 +53,7 @@ class Checkpoints:
             if damage is None:
                 return step
             if devices.is_first():
-                print(f"the checkpoint {self._of(step)} is not whole: {damage}", file=sys.stderr)
+                print(f"passing over the checkpoint {self._of(step)}: {damage}", file=sys.stderr)
         if self.exists():
             raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole: remove that folder to begin anew"
