@@ -3,17 +3,18 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ from tiny import (
     write_few_pairs,
 )
 
-from florax_examples import tokenization, training
+from florax_examples import resume, tokenization, training
 from florax_examples.datasets import load_pairs
 from florax_examples.models import checkpoints
 from florax_examples.models.checkpoints import CheckpointError
@@ -143,29 +144,33 @@ def test_the_last_two_checkpoints_are_kept(two, tmp_path):
     assert sorted(path.name for path in copy.iterdir()) == ["20", "30"]
 
 
-@contextlib.contextmanager
-def no_file_above(size):
-    """What a full disk is to a process: a write fails in the middle."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_save_that_fails_leaves_the_last_checkpoint(two, tmp_path):
+@pytest.mark.parametrize(
+    "where, name, replacement, reason",
+    [
+        # Before Orbax writes anything, after it has, and where a folder is made.
+        (shutil, "disk_usage", lambda _: SimpleNamespace(free=0), "it needs 16.0 KiB"),
+        (resume, "write_json", full, "No space left on device"),
+        (Path, "mkdir", full, "No space left on device"),
+    ],
+)
+def test_a_save_that_fails_leaves_the_last_checkpoint(
+    where, name, replacement, reason, two, tmp_path, monkeypatch
+):
     copy = tmp_path / "checkpoint"
     shutil.copytree(two, copy)
     saved = Checkpoints(copy)
-    with (
-        no_file_above(8192),
-        pytest.raises(CheckpointError, match=r"30 cannot be written: .*too large"),
-    ):
+    monkeypatch.setattr(where, name, replacement)
+    with pytest.raises(CheckpointError, match=f"30 cannot be written: .*{reason}"):
         saved.save(30, state(30), {})
-    assert saved.latest() == 20
-    jax.tree.map(np.testing.assert_array_equal, saved.restore(20, state(0)), state(20))
+    monkeypatch.undo()
     assert not (copy / "30").exists()
+    assert saved.latest() == 20
+    saved.save(30, state(30), {})
+    jax.tree.map(np.testing.assert_array_equal, saved.restore(30, state(0)), state(30))
 
 
 # A run.
