@@ -96,7 +96,7 @@ def train(settings: Training, method: str, model: nnx.Module, task: Task) -> Tra
         loop.restore(step)
     elif devices.is_first():  # the weights of a run before this one stay until there are better
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        saved.remove()
+        saved.remove()  # before the results, without which it would be that of an interrupted run
         (folder / "results.json").unlink(missing_ok=True)
     loop.run_to_the_end()
     return loop.finish()
