@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from florax_examples import datasets, metrics, report, settings, training
+from florax_examples import datasets, devices, metrics, report, settings, training
 from florax_examples.datasets import Pair
 from florax_examples.loading import has_weights, load_config, load_model, load_tokenizer
 from florax_examples.losses import target_losses
@@ -127,7 +127,8 @@ def pack(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, n
     def encode(text: str) -> np.ndarray:
         return np.array([*first(tokenizer), *tokenizer.encode(text), tokenizer.eos], np.int32)
 
-    stream = np.concatenate([encode(text) for text in tqdm(texts, "tokenizing", leave=False)])
+    bar = tqdm(texts, "tokenizing", leave=False, disable=not devices.is_first())
+    stream = np.concatenate([encode(text) for text in bar])
     if len(stream) <= length:
         raise datasets.DataError(f"length={length} is too long for {len(stream):,} tokens")
     ids = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]

@@ -24,7 +24,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from florax_examples import batches, datasets, metrics, report, settings, training
+from florax_examples import batches, datasets, devices, metrics, report, settings, training
 from florax_examples.datasets import Images
 from florax_examples.loading import load_config, load_model
 from florax_examples.models.vit import PRESETS, ViT, ViTConfig
@@ -184,7 +184,8 @@ def main(s: Settings) -> None:
     for method, predicted in predictions.items():
         print(f"  {method:9} {most_mistaken(predicted, test)}")
     last, picture = s.methods()[-1], s.output / "predictions.png"
-    draw_predictions(predictions[last], test, picture)
+    if devices.is_first():
+        draw_predictions(predictions[last], test, picture)
     print(f"\nwrote the first images and what {last} takes them for to {picture}")
     title = "Image classification"
     report.conclude(s, runs, curves, title=title, unit="image", scores=["accuracy"])

@@ -29,14 +29,14 @@ for requirement in (
 ):
     pytest.importorskip(requirement)
 
-from flax import nnx
+from tiny import write_folders
 
-from florax_examples import settings, tokenization
+from florax_examples import settings
 from florax_examples.models import checkpoints
-from florax_examples.models.gpt2 import GPT2, GPT2Config
-from florax_examples.models.llama import Llama, LlamaConfig
-from florax_examples.models.t5 import T5, T5Config
-from florax_examples.models.vit import ViT, ViTConfig
+from florax_examples.models.gpt2 import GPT2
+from florax_examples.models.llama import Llama
+from florax_examples.models.t5 import T5
+from florax_examples.models.vit import ViT
 
 # Runs of a few steps: most of their time is that of the compiler.
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -44,7 +44,6 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 REPOSITORY = Path(__file__).parents[1]
 READMES = (REPOSITORY / "README.md", REPOSITORY / "examples/README.md")
 SCRIPTS = ("t5", "gpt2", "vit", "llama")
-PAIRS = [("Ein Hund schläft.", "A dog sleeps."), ("Die Katze frisst.", "The cat eats.")] * 6
 
 
 def commands():
@@ -132,64 +131,8 @@ def different():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Per script a tiny model with weights and a tokenizer, and tiny data."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = tokenization.train([" ".join(pair) for pair in PAIRS], 300)
-    width, layers = 8, 1
-    models = {
-        "t5": T5(
-            T5Config(vocab_size=300, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2),
-            rngs=nnx.Rngs(0),
-        ),
-        "gpt2": GPT2(
-            GPT2Config(vocab_size=300, n_positions=128, n_embd=width, n_layer=layers, n_head=2),
-            rngs=nnx.Rngs(0),
-        ),
-        "llama": Llama(
-            LlamaConfig(
-                vocab_size=300,
-                hidden_size=width,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=128,
-            ),
-            rngs=nnx.Rngs(0),
-        ),
-        "vit": ViT(
-            ViTConfig(
-                image_size=8,
-                patch_size=4,
-                hidden_size=width,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-            ),
-            rngs=nnx.Rngs(0),
-        ),
-    }
-    for name, model in models.items():
-        files = {} if name == "vit" else tokenizer.files
-        checkpoints.save(model, folder / "models" / name, files)
-
-    lines = {
-        "pairs": [{"source": source, "target": target} for source, target in PAIRS],
-        "texts": [{"text": " ".join(8 * pair)} for pair in PAIRS],
-    }
-    for kind, objects in lines.items():
-        (folder / kind).mkdir()
-        for split in ("train", "validation", "test"):
-            text = "".join(json.dumps(item) + "\n" for item in objects)
-            (folder / kind / f"{split}.jsonl").write_text(text)
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        np.savez(
-            folder / "images" / f"{split}.npz",
-            images=rng.integers(0, 256, (20, 8, 8, 3)).astype(np.uint8),
-            labels=np.arange(20) % 2,
-            class_names=np.array(["left", "right"]),
-        )
+    write_folders(folder)
     return folder
 
 

@@ -1,15 +1,11 @@
 """`examples/gpt2.py` as a person runs it, at a size for tests."""
 # ruff: noqa: E402  what the examples import may not be installed
 
-import gzip
+import functools
 import json
 import math
-import os
 import signal
 import string
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -26,12 +22,11 @@ for requirement in (
 ):
     pytest.importorskip(requirement)
 
+from tiny import PAIRS_OF_THE_REPOSITORY as DATA
+from tiny import start, write_few_pairs
+
 from florax_examples.datasets import SPLITS, load_pairs
 from florax_examples.models.gpt2 import GPT2, GPT2Config
-
-REPOSITORY = Path(__file__).parents[1]
-EXAMPLES = REPOSITORY / "examples"
-DATA = EXAMPLES / "data" / "tatoeba_deen"
 
 
 def test_no_english_sentence_is_in_two_splits():
@@ -48,28 +43,13 @@ def test_no_english_sentence_is_in_two_splits():
     assert not validation & test
 
 
-def script(*arguments):
-    path = [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, str(EXAMPLES / "gpt2.py"), *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        text=True,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+script = functools.partial(start, "gpt2")
 
 
 @pytest.fixture(scope="module")
 def few_pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    for split, count in zip(SPLITS, (400, 40, 40), strict=True):
-        with gzip.open(DATA / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-            text = "".join(next(lines) for _ in range(count))
-        with gzip.open(folder / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
-            file.write(text)
+    write_few_pairs(folder)
     return folder
 
 

@@ -13,82 +13,14 @@ import pytest
 for requirement in ("flax", "matplotlib", "orbax.checkpoint", "tensorboardX", "tqdm", "tyro"):
     pytest.importorskip(requirement)
 
-import safetensors.numpy
-from flax import nnx
+from tiny import InterruptedAfter, settings, train, weights
 
 from florax_examples import batches, training
 from florax_examples.losses import chunked_cross_entropy
-from florax_examples.models.gpt2 import GPT2, GPT2Config
 from florax_examples.report import format_table, human
-from florax_examples.settings import Training
 
 # Runs of a few steps: most of their time is that of the compiler.
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-CONFIG = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)
-
-
-def losses(model, rows):
-    inputs, labels = rows[:, :-1], rows[:, 1:]
-    logits, _ = model(inputs)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels), labels >= 0
-
-
-def task():
-    rng = np.random.default_rng(0)
-    steps = rng.integers(1, 4, (80, 1))
-    rows = ((rng.integers(0, 20, (80, 1)) + steps * np.arange(6)) % 20).astype(np.int32)
-    return training.Task(
-        losses=losses,
-        train=rows[:70],
-        validation=rows[70:],
-        unit="tokens",
-        units=5,
-        learning_rates=dict.fromkeys(("none", "naive", "lora", "flora"), 0.01),
-        files={"vocabulary.txt": b"0 1 2"},
-    )
-
-
-def settings(tmp_path, **changes):
-    return Training(
-        **{
-            "output": tmp_path,
-            "updates": 6,
-            "micro_batch": 4,
-            "accumulate": 3,
-            "rank": 4,
-            "resample_every": 4,
-            "evaluations": 2,
-            "heldout_batch": 8,
-        }
-        | changes
-    )
-
-
-def train(s):
-    # The loop does not look at `method`, so that "all" can hand it one after the other.
-    return training.train(s, s.method, GPT2(CONFIG, rngs=nnx.Rngs(0)), task())
-
-
-def weights(trained):
-    return safetensors.numpy.load_file(trained.best / "model.safetensors")
-
-
-class InterruptedAfter(training.Interruption):
-    """Ctrl-C after some steps; the loop looks once a step."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self.left = steps
-
-    @property
-    def asked(self):
-        self.left -= 1
-        return self.left <= 0
-
-    @asked.setter
-    def asked(self, value):
-        pass
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,19 @@
 
 With `data=2` two devices have the weights each and half of every micro-batch; with `model=2` half
 of the weights too, which are brought together where they are used. XLA does the rest.
+
+The devices may be those of several processes. Each runs the whole script and computes its share of
+a step; what is printed and written, the first one does, but for the checkpoints of Orbax.
 """
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import florax
@@ -32,6 +38,48 @@ def parse(text: str) -> dict[str, int]:
     return sizes
 
 
+def join() -> None:
+    """Become one of the processes of a run, before JAX is used.
+
+    JAX finds the others by itself where it knows the cluster. Elsewhere it takes the first one's
+    address from JAX_COORDINATOR_ADDRESS; how many they are and which this is, it wants to be told.
+
+    Raises:
+      ValueError: neither says enough.
+      RuntimeError: the others do not come.
+    """
+    names = ("num_processes", "process_id")
+    told = {name: os.environ.get(f"JAX_{name.upper()}") for name in names}
+    jax.distributed.initialize(**{k: int(v) for k, v in told.items() if v is not None})
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Go on when all processes are here."""
+    multihost_utils.sync_global_devices(what)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any process; waits for all of them."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def whole(tree: Any) -> Any:
+    """Arrays of which other processes may have parts, here in full."""
+    return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Place an array that every process has; of another's devices it only knows."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 class Devices:
     """Where the arrays of a run are.
 
@@ -39,16 +87,21 @@ class Devices:
       mesh: as `parse` takes it; empty for one device.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: there are fewer devices; or more, and those of several processes.
     """
 
     def __init__(self, mesh: str):
         self.mesh: Mesh | None = None
+        here, processes = jax.device_count(), jax.process_count()
+        if processes > 1 and math.prod(parse(mesh).values() if mesh else ()) != here:
+            raise ValueError(
+                f"mesh={mesh} must have the {here} devices that {processes} processes have"
+            )
         if mesh:
             sizes = parse(mesh)
             count = math.prod(sizes.values())
-            if count > jax.device_count():
-                raise ValueError(f"mesh={mesh} has {count} devices, here are {jax.device_count()}")
+            if count > here:
+                raise ValueError(f"mesh={mesh} has {count} devices, here are {here}")
             kinds = (AxisType.Auto,) * len(AXES)
             devices = jax.devices()[:count]
             self.mesh = jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
@@ -58,7 +111,7 @@ class Devices:
         if self.mesh is None:
             return params
         shardings = jax.tree_util.tree_map_with_path(self._sharding, params)
-        return jax.device_put(params, shardings)
+        return jax.tree.map(_put, params, shardings)
 
     def _sharding(self, path: jax.tree_util.KeyPath, leaf: jax.Array) -> NamedSharding:
         assert self.mesh is not None
@@ -74,7 +127,8 @@ class Devices:
         """A batch whose axis `rows` is that of its examples."""
         if self.mesh is None:
             return batch
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(*[None] * rows, AXES)))
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * rows, AXES))
+        return jax.tree.map(lambda x: _put(x, sharding), batch)
 
     def init(self, tx: Any, params: Any) -> Callable[[Any], Any]:
         """`tx.init`, compiled: states are divided as their parameters are."""

@@ -14,6 +14,7 @@ import numpy as np
 matplotlib.use("Agg")  # draws into files, needs no display
 import matplotlib.pyplot as plt
 
+from florax_examples import devices
 from florax_examples.settings import Training
 
 
@@ -67,6 +68,8 @@ def write_results(
     more: str = "",
 ) -> None:
     """Write and print what `conclude` says, without its table; `more` is for people."""
+    if not devices.is_first():
+        return
     settings.output.mkdir(parents=True, exist_ok=True)
     plot_curves(curves, settings.output / "loss.png", unit, title)
     results = {"settings": as_json(settings), "runs": list(runs)}

@@ -1,8 +1,15 @@
 """Checkpoints from which a run goes on to the same bits, and Ctrl-C that leaves one."""
 
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
 import shutil
 import signal
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,48 +17,156 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from florax_examples import devices
+from florax_examples.models.checkpoints import CheckpointError
+from florax_examples.report import human, tree_bytes, write_json
+
+DIGESTS = "digests.json"
+
 
 class Checkpoints:
-    """The last checkpoint of a run, in a folder of its own.
+    """The last two checkpoints of a run, in a folder of its own.
 
-    It is complete or not there at all: Orbax writes aside and renames, and drops the one before
-    only then.
+    Each is a folder named after its step: `state`, which is Orbax's, and `notes.json`. Last of all
+    `digests.json` is written, which has the SHA-256 of every other file. So what was cut short or
+    has changed since is found out, where Orbax may read other numbers without an error, and the
+    checkpoint before it counts.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
 
     def exists(self) -> bool:
-        return self.folder.is_dir() and bool(ocp.utils.checkpoint_steps(self.folder))
+        """Whether there is a checkpoint that was once complete."""
+        return any((self._of(step) / DIGESTS).is_file() for step in self._steps())
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint that is whole; says which newer ones are not.
+
+        Every process looks for itself: so they agree, or all end.
+
+        Raises:
+          CheckpointError: there are checkpoints, and none is whole.
+        """
+        for step in self._steps():
+            damage = _damage(self._of(step))
+            if damage is None:
+                return step
+            if devices.is_first():
+                print(f"passing over the checkpoint {self._of(step)}: {damage}", file=sys.stderr)
+        if self.exists():
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is whole: remove that folder to begin anew"
+            )
+        return None
 
     def save(self, step: int, state: Any, notes: Mapping[str, Any]) -> None:
-        """Keep the arrays of `state`, and `notes`, which JSON can hold."""
-        with self._manager() as manager:
-            manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(dict(notes))
-                ),
-            )
+        """Keep the arrays of `state`, and `notes`, which JSON can hold.
 
-    def notes(self) -> dict[str, Any]:
-        with self._manager() as manager:
-            args = ocp.args.Composite(notes=ocp.args.JsonRestore())
-            return dict(manager.restore(manager.latest_step(), args=args)["notes"])
+        The checkpoint before the last one goes first: there is never need of room for a third.
 
-    def restore(self, like: Any) -> Any:
-        """The state, in the structure of `like`; its shapes suffice."""
-        with self._manager() as manager:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            return manager.restore(manager.latest_step(), args=args)["state"]
+        Raises:
+          CheckpointError: it cannot be written; the last one is still there.
+        """
+        folder = self._of(step)
+        try:
+            if devices.is_first():
+                for old in self._steps()[1:]:
+                    shutil.rmtree(self._of(old))
+                folder.mkdir(parents=True)
+            devices.wait_for_all("there is a folder for the checkpoint")
+            _check_room(folder, tree_bytes(state))
+            devices.wait_for_all("there is room for the checkpoint")
+            with _no_traces(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                checkpointer.save(folder / "state", args=ocp.args.StandardSave(state))
+            if devices.is_first():
+                write_json(folder / "notes.json", notes)
+                write_json(folder / DIGESTS, _digests(folder))
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+            shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(
+                f"the checkpoint {folder} cannot be written: {_reason(error)}; what was saved "
+                "before is there: add --resume to go on from it"
+            ) from error
+        devices.wait_for_all("the checkpoint is complete")
+
+    def notes(self, step: int) -> dict[str, Any]:
+        return json.loads((self._of(step) / "notes.json").read_text())
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of a step, in the structure of `like` and divided as that is.
+
+        Newer checkpoints, which are not whole, are removed: the run will write them again.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            args = ocp.args.StandardRestore(abstract)
+            state = checkpointer.restore(self._of(step) / "state", args=args)
+        if devices.is_first():
+            for newer in self._steps()[: self._steps().index(step)]:
+                shutil.rmtree(self._of(newer))
+        devices.wait_for_all("what cannot be used is gone")
+        return state
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _manager(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        return ocp.CheckpointManager(self.folder, options=options)
+    def _of(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _steps(self) -> list[int]:
+        """The newest first, complete or not."""
+        names = [path.name for path in self.folder.glob("*")]
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file, by its path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != DIGESTS:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def _damage(folder: Path) -> str | None:
+    """What a checkpoint lacks; None if it is whole."""
+    try:
+        expected = json.loads((folder / DIGESTS).read_text())
+    except FileNotFoundError:
+        return "it was never completed"
+    except ValueError:
+        return f"{DIGESTS} is no JSON"
+    found = _digests(folder)
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Where Orbax runs out of room in the middle, its threads say so in pages."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"it needs {human(needed)}, and {human(free)} are free")
+
+
+@contextlib.contextmanager
+def _no_traces() -> Iterator[None]:
+    """Without Orbax's own words on an error that it raises as well: pages of them."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, which TensorStore has at the end of a long sentence."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else str(error).partition("\n")[0]
 
 
 class Interruption:

@@ -1,6 +1,8 @@
 """The settings that the training scripts share: which method, which optimizer, how long."""
 
+import contextlib
 import dataclasses
+import errno
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +29,9 @@ class Training:
     method: Literal["none", "naive", "lora", "paper", "flora", "all"] = "flora"
     data: str = ""  # a folder, or a data set of the Hugging Face hub
     output: Path = Path("runs")  # folder for results.json, loss.png, weights and logs
-    resume: bool = False  # go on from the last checkpoint in the output folder, to the same bits
+    # go on from the last checkpoint in the output folder: to the same bits, and on another mesh but
+    # for rounding
+    resume: bool = False
     seed: int = 0  # of new weights, the order of the data and the projections
 
     # The model.
@@ -74,6 +78,9 @@ class Training:
 
     # devices: micro-batches are divided along both axes of data=2,model=1, weights along model
     mesh: str = ""
+    # one of several processes, whose devices the mesh is of: jax.distributed finds the others, or
+    # JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say
+    distributed: bool = False
     evaluations: int = 10  # times that the validation loss is taken; the best weights are kept
     heldout_batch: int = 64  # validation or test examples at once
     save_every: int = 0  # micro-batches between checkpoints; 0: only when interrupted
@@ -171,12 +178,28 @@ S = TypeVar("S")
 def run(main: Callable[[S], None], settings: type[S], description: str | None) -> None:
     """Run a script: what a user did wrong ends it with one sentence, not with a trace."""
     chosen = parse(settings, description)
+    shown = _join() if getattr(chosen, "distributed", False) else contextlib.nullcontext()
     try:
-        main(chosen)
+        with shown:
+            main(chosen)
     except (CheckpointError, DataError, TokenizerError) as mistake:
         sys.exit(f"error: {mistake}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: {error}")  # the disk is full
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def _join() -> contextlib.AbstractContextManager[Any]:
+    """Join the other processes; within what comes back only the first prints, but for errors."""
+    try:
+        devices.join()
+    except (ValueError, RuntimeError) as mistake:
+        reason = str(mistake).partition("\n")[0]
+        sys.exit(f"error: distributed=True found no other processes: {reason}")
+    return contextlib.nullcontext() if devices.is_first() else contextlib.redirect_stdout(None)
 
 
 def parse(settings: type[S], description: str | None, args: Sequence[str] | None = None) -> S:

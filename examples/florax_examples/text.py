@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from florax_examples import batches
+from florax_examples import batches, devices
 from florax_examples.datasets import DataError
 from florax_examples.models import generation
 from florax_examples.tokenization import Tokenizer, TokenizerError
@@ -80,7 +80,8 @@ def generate(
     graphdef, params = nnx.split(model)
     options = (new_tokens, beams, tokenizer.eos, tokenizer.pad)
     texts: list[str] = []
-    with tqdm(total=len(prompts), desc="writing", unit=" texts", leave=False) as bar:
+    shown = {"desc": "writing", "unit": " texts", "disable": not devices.is_first()}
+    with tqdm(total=len(prompts), leave=False, **shown) as bar:
         for rows, real in batches.in_order(data, min(batch, len(prompts))):
             tokens = _write(write, graphdef, params, rows["ids"], rows["mask"], options)
             texts += tokenizer.decode_batch(np.asarray(tokens)[real])

@@ -17,7 +17,7 @@ from jax import Array
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from florax_examples import batches, optimizers
+from florax_examples import batches, devices, optimizers
 from florax_examples.devices import Devices
 from florax_examples.models import checkpoints, lora
 from florax_examples.report import Curve, as_json, human, peak_memory, tree_bytes, write_json
@@ -79,22 +79,24 @@ def train(settings: Training, method: str, model: nnx.Module, task: Task) -> Tra
     """Train `model` by `method`; afterwards it is spent, and the best weights are on disk.
 
     Everything is written to a folder of the method's name in `settings.output`: the best weights,
-    TensorBoard logs, the last checkpoint of a run that was interrupted, and the figures of one that
-    ended. With `settings.resume` a run goes on from there, to the bits of one that never stopped.
+    TensorBoard logs, the last checkpoints of a run that was interrupted, and the figures of one
+    that ended. With `settings.resume` a run goes on from there, to the bits of one that never
+    stopped.
     """
     folder = settings.output / method
     saved = Checkpoints(folder / "checkpoint")
-    _check_earlier_run(settings, folder, saved, task)
-    if settings.resume and not saved.exists() and (folder / "results.json").is_file():
-        results = json.loads((folder / "results.json").read_text())
-        return Trained(results["figures"], Curve(**results["curve"]), folder / "best")
+    if settings.resume and (folder / "results.json").is_file():
+        return _finished(settings, folder, saved)
+    step = _step_to_resume(settings, folder, saved, task)
     _check_inputs_and_outputs(settings, folder, task)
     run = _Run(settings, method, model, task)
     loop = _Loop(settings, run, task, folder, saved)
-    if settings.resume and saved.exists():
-        loop.restore()
-    else:  # the weights of a run before this one stay until there are better ones
+    devices.wait_for_all("all have seen what is in the folder")
+    if step is not None:
+        loop.restore(step)
+    elif devices.is_first():  # the weights of a run before this one stay until there are better
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        saved.remove()  # before the results, without which it would be that of an interrupted run
         (folder / "results.json").unlink(missing_ok=True)
     loop.run_to_the_end()
     return loop.finish()
@@ -167,8 +169,10 @@ class _Run:
         return nnx.merge(self.graphdef, self.params, self.frozen)
 
     def plain_model(self) -> nnx.Module:
-        """The same without adapters."""
-        return lora.merge(self.model()) if self.method == "lora" else self.model()
+        """The same without adapters, and all of it in this process."""
+        model = lora.merge(self.model()) if self.method == "lora" else self.model()
+        graphdef, weights = nnx.split(model)
+        return nnx.merge(graphdef, devices.whole(weights))
 
     def figures(self) -> dict[str, Any]:
         sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (self.params, self.frozen)]
@@ -202,9 +206,10 @@ class _Loop:
         self.losses: list[Array] = []  # since the last log
 
     def run_to_the_end(self) -> None:
-        board = SummaryWriter(str(self.folder / "tensorboard"))
-        name, unit = self.run.method, " micro-batches"
-        bar = tqdm(total=self.total, initial=self.done, desc=name, unit=unit)
+        first = devices.is_first()
+        board = SummaryWriter(str(self.folder / "tensorboard"), write_to_disk=first)
+        shown = {"desc": self.run.method, "unit": " micro-batches", "disable": not first}
+        bar = tqdm(total=self.total, initial=self.done, **shown)
         with Interruption() as interruption, board as self.board, bar as self.bar:
             self.start = time.perf_counter()
             while self.done < self.total:
@@ -217,8 +222,11 @@ class _Loop:
         update, left = divmod(self.done, self.settings.accumulate)
         evaluate = not left and update in self.evaluations
         every = self.settings.save_every
+        log = self.done % (LOG_EVERY * at_once) == 0
+        if jax.process_count() > 1:  # they stop at one step, and to agree is to wait as well
+            interrupted = log and devices.any_process(interrupted)
         save = interrupted or (every and self.done % every < at_once)
-        if evaluate or save or self.done % (LOG_EVERY * at_once) == 0:
+        if evaluate or save or log:
             self.log()
         if evaluate:
             self.evaluate()
@@ -251,7 +259,9 @@ class _Loop:
         self.board.add_scalar("validation/loss", heldout, self.done)
         if heldout < self.best:
             self.best = heldout
-            checkpoints.save(self.run.plain_model(), self.folder / "best", self.task.files)
+            model = self.run.plain_model()
+            if devices.is_first():
+                checkpoints.save(model, self.folder / "best", self.task.files)
 
     def save(self) -> None:
         notes = {
@@ -264,10 +274,11 @@ class _Loop:
         }
         self.saved.save(self.done, (self.run.params, self.run.state), notes)
 
-    def restore(self) -> None:
+    def restore(self, step: int) -> None:
         """Go on from what `save` kept."""
-        notes = self.saved.notes()
-        self.run.params, self.run.state = self.saved.restore((self.run.params, self.run.state))
+        notes = self.saved.notes(step)
+        like = self.run.params, self.run.state
+        self.run.params, self.run.state = self.saved.restore(step, like)
         self.done, self.best, self.seconds = notes["done"], notes["best"], notes["seconds"]
         self.curve = Curve(**notes["curve"])
 
@@ -286,8 +297,10 @@ class _Loop:
         }
         settings, curve = as_json(self.settings), self.curve._asdict()
         results = {"settings": settings, "figures": figures, "curve": curve}
-        write_json(self.folder / "results.json", results)
-        self.saved.remove()
+        if devices.is_first():
+            write_json(self.folder / "results.json", results)
+            self.saved.remove()
+        devices.wait_for_all("the best weights are there")
         return Trained(figures, self.curve, self.folder / "best")
 
 
@@ -319,30 +332,43 @@ def _check_inputs_and_outputs(s: Training, folder: Path, task: Task) -> None:
     checkpoints.check_replaceable(folder / "best", task.files)
 
 
-def _check_earlier_run(s: Training, folder: Path, saved: Checkpoints, task: Task) -> None:
-    """Refuse to go on with other settings, and to write over a run that may still go on."""
-    results = folder / "results.json"
+def _step_to_resume(s: Training, folder: Path, saved: Checkpoints, task: Task) -> int | None:
+    """Where to go on, None for a new run, which does not write over one that may still go on."""
     if not s.resume:
-        if saved.exists():
+        if saved.exists() and not (folder / "results.json").is_file():
             sys.exit(
                 f"{folder} holds a run that was interrupted: add --resume to go on with it, name "
                 "another --output, or remove the folder"
             )
-        return
-    if saved.exists():
-        notes = saved.notes()
-        earlier, examples = notes["settings"], notes["examples"]
-        if examples != batches.count(task.train):
+        return None
+    step = saved.latest()
+    if step is not None:
+        notes, examples = saved.notes(step), batches.count(task.train)
+        if notes["examples"] != examples:
             sys.exit(
-                f"{folder} was trained on {examples:,} examples, data={s.data} has "
-                f"{batches.count(task.train):,}"
+                f"{folder} was trained on {notes['examples']:,} examples, data={s.data} has "
+                f"{examples:,}"
             )
-    elif results.is_file():
-        earlier = json.loads(results.read_text())["settings"]
-    else:
-        return
+        _check_same_settings(s, folder, notes["settings"])
+    return step
+
+
+def _finished(s: Training, folder: Path, saved: Checkpoints) -> Trained:
+    """What a run that came to its end has found."""
+    results = json.loads((folder / "results.json").read_text())
+    _check_same_settings(s, folder, results["settings"])
+    if devices.is_first():  # it may have been killed before it could
+        saved.remove()
+    return Trained(results["figures"], Curve(**results["curve"]), folder / "best")
+
+
+# What does not change the numbers of a run, but for the rounding of sums over a mesh.
+FREE = ("resume", "output", "save_every", "method", "mesh", "distributed")
+
+
+def _check_same_settings(s: Training, folder: Path, earlier: dict[str, Any]) -> None:
     for name, value in as_json(s).items():
-        if name not in ("resume", "output", "save_every", "method") and earlier[name] != value:
+        if name not in FREE and earlier[name] != value:
             sys.exit(
                 f"{folder} was trained with {name}={earlier[name]}, got {name}={value}: resume "
                 "with the same settings"

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -219,12 +218,15 @@ def save(
 @contextlib.contextmanager
 def _written_aside(folder: Path) -> Iterator[Path]:
     """A folder to write to, which takes the place of `folder` once it is complete."""
-    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "old"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if aside.exists():  # left by a process that was killed
+            shutil.rmtree(aside)
         aside.mkdir()
         yield aside
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         aside.rename(folder)
     except (OSError, safetensors.SafetensorError) as error:
