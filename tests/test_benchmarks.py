@@ -273,7 +273,11 @@ def test_the_best_learning_rate_is_inside_of_those_tried(best, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["float32+float32", "none-updates", pytest.param("none", marks=pytest.mark.slow)],
+    [
+        "float32+float32",
+        pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("none-updates", marks=pytest.mark.slow),
+    ],
 )
 def test_a_sweep_is_its_runs_one_by_one(name):
     task = toy()

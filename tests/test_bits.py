@@ -186,7 +186,12 @@ SAVED = {
 
 @pytest.mark.parametrize(
     "save_and_restore",
-    [pytest.param(with_pickle, marks=pytest.mark.slow), with_orbax, with_flax, with_savez],
+    [
+        with_orbax,
+        with_savez,
+        pytest.param(with_pickle, marks=pytest.mark.slow),
+        pytest.param(with_flax, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     "tx",
@@ -520,7 +525,7 @@ KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
     "rank, bits, kind",
     [
         pytest.param(None, jnp.int4, "auto", id="full-auto", marks=pytest.mark.slow),
-        pytest.param(None, jnp.int4, "explicit", id="full-explicit"),
+        pytest.param(None, jnp.int4, "explicit", id="full-explicit", marks=pytest.mark.slow),
         pytest.param(8, jnp.int8, "auto", id="short-auto", marks=pytest.mark.slow),
         pytest.param(8, jnp.int8, "explicit", id="short-explicit", marks=pytest.mark.slow),
     ],

@@ -324,7 +324,8 @@ def test_whatever_its_axes_a_leaf_of_low_rank_is_recovered(shape, axes):
 # --- the two sketches of a state
 
 
-@pytest.mark.parametrize("together", [by_night(1), 2, by_night(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [1, 2, 4])
 def test_how_many_matrices_are_solved_for_at_once_makes_no_difference(monkeypatch, together):
     """Five in a stack, and one by itself that is like them: loops with a rest, and without."""
     tx = accumulate(

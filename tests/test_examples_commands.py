@@ -111,22 +111,12 @@ def flags_of(script, arguments):
 
 
 def different():
-    """A command of each kind; by day few that have every flag of a script between them."""
+    """A command of each kind."""
     kinds = {}
     for script, arguments in commands():
         if script in SCRIPTS:
-            own, flags, accumulates = flags_of(script, arguments)
-            flags = frozenset((own, flag) for flag in (*flags, accumulates))
-            kinds.setdefault(flags, (script, arguments))
-    seen, by_day = set(), []
-    # By day as many as bring fifteen flags that no other has shown yet.
-    while left := [flags for flags in kinds if len(flags - seen) > 14]:
-        by_day.append(max(left, key=lambda flags: len(flags - seen)))
-        seen |= by_day[-1]
-    return [
-        pytest.param(*kinds[flags], marks=() if flags in by_day else pytest.mark.slow, id=f"{i}")
-        for i, flags in enumerate(kinds)
-    ]
+            kinds.setdefault(flags_of(script, arguments), (script, arguments))
+    return [*kinds.values()]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +126,7 @@ def folders(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, arguments", different())
 def test_every_command_runs_at_a_tiny_size(script, arguments, folders, tmp_path, capsys):
     module = importlib.import_module(script)

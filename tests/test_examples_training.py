@@ -92,23 +92,16 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
 FLOAT = {"accumulator_dtype": "float32", "momentum_dtype": "float32"}  # which rounds alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, changes",
     [
         ("data=2,model=2", FLOAT | {"method": "flora", "accumulator": "sketch"}),
-        pytest.param(
-            "data=2,model=2",
-            FLOAT | {"method": "flora", "scan": True},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("data=4", FLOAT | {"method": "flora"}, marks=pytest.mark.slow),
-        pytest.param("model=4", {"method": "naive"}, marks=pytest.mark.slow),
-        pytest.param("model=2", {"method": "lora"}, marks=pytest.mark.slow),
-        pytest.param(
-            "data=2,model=2",
-            FLOAT | {"method": "flora", "scan": True, "layerwise": True},
-            marks=pytest.mark.slow,
-        ),
+        ("data=2,model=2", FLOAT | {"method": "flora", "scan": True}),
+        ("data=4", FLOAT | {"method": "flora"}),
+        ("model=4", {"method": "naive"}),
+        ("model=2", {"method": "lora"}),
+        ("data=2,model=2", FLOAT | {"method": "flora", "scan": True, "layerwise": True}),
     ],
 )
 def test_a_run_on_several_devices_is_that_on_one(mesh, changes, tmp_path, monkeypatch):

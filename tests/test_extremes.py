@@ -36,7 +36,14 @@ TRANSFORMATIONS = {
         for name, kind in ACCUMULATORS.items()
     },
 }
-each = pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+BY_DAY = ("momentum, cosine", "momentum, int8", "accumulate, gaussian", "accumulate, both, int8")
+each = pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(tx, id=name, marks=() if name in BY_DAY else pytest.mark.slow)
+        for name, tx in TRANSFORMATIONS.items()
+    ],
+)
 
 
 def gradients(dtype=jnp.float32):

@@ -273,10 +273,7 @@ def check_accumulation(opt, inside, outside, skip, use_grad_mean, seed, **argume
 USES = [
     name for name, case in losses.CASES.items() if case().eps < 1e-6 and name != "numpy_parameters"
 ]
-BY_DAY = {
-    ("factors_along_one_side", "adam"),
-    ("parts_of_stacks", "sgd"),
-}
+BY_DAY = {("factors_along_one_side", "adam")}
 
 
 @pytest.mark.parametrize(

@@ -429,12 +429,10 @@ def test_the_state_of_other_parameters_is_refused(params):
         layerwise(loss_fn, tx)(params, state, normal(7, 2, 5, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rank, bits",
-    [
-        pytest.param(4, jnp.int8, id="sketch", marks=pytest.mark.slow),
-        pytest.param(None, jnp.int4, id="full size"),
-    ],
+    [pytest.param(4, jnp.int8, id="sketch"), pytest.param(None, jnp.int4, id="full size")],
 )
 def test_in_few_bits_layer_by_layer_is_the_ordinary_step(rank, bits, params):
     """With the same gradients to the bit: every layer has the rounding of its own."""

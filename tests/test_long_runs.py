@@ -12,7 +12,6 @@ import florax
 
 STEPS, BLOCK = 100_000, 1000  # a block is long against a cycle and a decay: blocks are independent
 ROWS, COLUMNS, RANK, KAPPA, DECAY = 6, 8, 4, 20, 0.9  # the paper's bound is κ > 5.6
-SLOW = pytest.mark.slow
 COSINE = {"projection": "cosine"}
 KINDS = {
     "gaussian": {},
@@ -74,9 +73,8 @@ def agree(means, expected, share=1.0):
         assert error.max() < 0.05  # of entries of one: else this says nothing
 
 
-@pytest.mark.parametrize(
-    "kind", ["int8", *(pytest.param(k, marks=SLOW) for k in KINDS if k != "int8")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_momentum_does_not_drift_from_a_dense_one(kind):
     tx = florax.flora_momentum(RANK, DECAY, KAPPA, key=3, **KINDS[kind])
     means, state = block_means(tx)

@@ -442,7 +442,7 @@ def continue_greedily(graphdef, params, prompt, mask, new_tokens, eos):
 @pytest.mark.parametrize(
     ("name", "stacked"),
     [
-        ("llama_gqa", False),
+        pytest.param("llama_gqa", False, marks=pytest.mark.slow),
         ("llama_mha_tied", True),
         ("llama_rope_scaled", True),
     ],

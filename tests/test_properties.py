@@ -64,9 +64,9 @@ EMPTY = st.sampled_from([None, optax.MaskedNode(), (), {}])
 
 
 @st.composite
-def trees(draw):
-    """From one leaf to three, with what is none between them, in containers of containers."""
-    parts = draw(st.lists(leaves(), min_size=1, max_size=3))
+def trees(draw, most):
+    """From one leaf to `most`, with what is none between them, in containers of containers."""
+    parts = draw(st.lists(leaves(), min_size=1, max_size=most))
     parts += draw(st.lists(EMPTY, max_size=2))
     while len(parts) > 1:
         first, second, *parts = parts
@@ -81,7 +81,7 @@ def trees(draw):
     return parts[0]
 
 
-TREES = trees()
+FEW_LEAVES, LEAVES = trees(1), trees(3)  # by day and by night
 
 
 def is_given(x):
@@ -204,7 +204,7 @@ CASES = dict(
     derandomize=True,
     database=None,
 )
-by_day = hypothesis.settings(max_examples=45, **CASES)
+by_day = hypothesis.settings(max_examples=46, **CASES)
 by_night = hypothesis.settings(max_examples=700, **CASES)
 
 
@@ -296,7 +296,6 @@ SETTINGS = dict(
     every=st.integers(1, 3),
 )
 FEW = dict(
-    tree=TREES,
     seed=st.integers(0, 2**16),
     every=st.integers(1, 3),
     rank=st.integers(3, 5),
@@ -304,44 +303,44 @@ FEW = dict(
     dtype=st.sampled_from([None, "int8", "int4", "int2"]),
     residual=st.booleans(),
 )
-MOMENTUM = dict(tree=TREES, residual=st.booleans(), nesterov=st.booleans(), **SETTINGS)
-ACCUMULATION = dict(tree=TREES, mean=st.booleans(), **SETTINGS)
+MOMENTUM = dict(residual=st.booleans(), nesterov=st.booleans(), **SETTINGS)
+ACCUMULATION = dict(mean=st.booleans(), **SETTINGS)
 
 
 @by_day
-@hypothesis.given(**MOMENTUM)
+@hypothesis.given(tree=FEW_LEAVES, **MOMENTUM)
 def test_momentum(**given):
     momentum(**given)
 
 
 @pytest.mark.slow
 @by_night
-@hypothesis.given(**MOMENTUM)
+@hypothesis.given(tree=LEAVES, **MOMENTUM)
 def test_momentum_by_night(**given):
     momentum(**given)
 
 
 @by_day
-@hypothesis.given(**ACCUMULATION)
+@hypothesis.given(tree=FEW_LEAVES, **ACCUMULATION)
 def test_accumulation(**given):
     accumulation(**given)
 
 
 @pytest.mark.slow
 @by_night
-@hypothesis.given(**ACCUMULATION)
+@hypothesis.given(tree=LEAVES, **ACCUMULATION)
 def test_accumulation_by_night(**given):
     accumulation(**given)
 
 
-@hypothesis.settings(by_day, max_examples=10)  # both sides are slow to compile
-@hypothesis.given(**FEW)
+@hypothesis.settings(by_day, max_examples=8)  # both sides are slow to compile
+@hypothesis.given(tree=FEW_LEAVES, **FEW)
 def test_few_bits(**given):
     few_bits(**given)
 
 
 @pytest.mark.slow
 @by_night
-@hypothesis.given(**FEW)
+@hypothesis.given(tree=LEAVES, **FEW)
 def test_few_bits_by_night(**given):
     few_bits(**given)

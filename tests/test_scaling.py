@@ -1,5 +1,6 @@
 """Bytes on the wire: read from compiled programs, and what a model of links makes of them."""
 
+import itertools
 import json
 import math
 
@@ -202,6 +203,7 @@ def lower(method, division="data", devices=8, hosts=1, batch=1, accumulate=3):
     return divided.lower(method, division, mesh, TINY, jnp.float32, batch, 32, accumulate, 8)
 
 
+@pytest.mark.slow
 def test_what_eight_devices_sum_once_an_update_is_as_large_as_the_sketches():
     program = lower("sketched-once")
     found = collectives.read(program.lowered.compile().as_text(), 8)
@@ -246,16 +248,13 @@ def trained(program):
     return losses, jax.device_get(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, division",
     [
         ("sketched-once", "data"),
-        pytest.param("full-once", "data", marks=pytest.mark.slow),
-        *(
-            pytest.param(method, division, marks=pytest.mark.slow)
-            for method in ("full", "sketched")
-            for division in ("data", "fsdp", "hybrid")
-        ),
+        ("full-once", "data"),
+        *itertools.product(("full", "sketched"), ("data", "fsdp", "hybrid")),
     ],
 )
 def test_however_work_is_divided_the_same_is_learned(method, division, monkeypatch, quickly):

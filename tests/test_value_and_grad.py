@@ -62,7 +62,7 @@ def test_so_they_are_with_both_projections_on_both_sides(name, projection, side)
     losses.check(case, case.transformation(projection=projection, side=side))
 
 
-BOTH_BY_DAY = {"a_scan_of_a_checkpoint", "parts_of_stacks"}
+BOTH_BY_DAY = {"a_scan_of_a_checkpoint"}
 
 
 @pytest.mark.parametrize("name", some(losses.CASES, losses.CASES.keys() - BOTH_BY_DAY))

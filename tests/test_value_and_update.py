@@ -230,12 +230,11 @@ def test_integers_are_rounded_once_a_micro_batch_as_by_the_loop(name, is_sketch,
             assert np.mean(error > 1e-4 * largest) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, bits",
     [
-        pytest.param(
-            *case, marks=() if case == ("a_scan_over_layers", "int8") else pytest.mark.slow
-        )
+        case
         for case in itertools.product(losses.CASES, ["int8", "int4"])
         if losses.CASES[case[0]]().eps < 1e-6
     ],
@@ -304,6 +303,7 @@ def floats_made(jaxpr, sizes):
     }
 
 
+@pytest.mark.slow
 def test_a_step_in_few_bits_may_begin_with_what_was_accumulated_before():
     tx = florax.flora_accumulate(
         optax.sgd(1.0), MICRO_BATCHES + 1, lambda path, leaf: None, accumulator_dtype=jnp.int8

@@ -85,13 +85,20 @@ BASES = {
     "sgd": optax.sgd(decaying(0.05, FEW_STEPS)),
     "sm3": optax.sm3(0.5),
 }
+BY_DAY = ("adafactor_factored", "adam", "sgd")
 WRAPPINGS = {
     "accumulate": lambda base: florax.flora_accumulate(base, **ACCUMULATE),
     "momentum": lambda base: optax.chain(base, florax.flora_momentum(rank=6, resample_every=10)),
 }
 
 
-@pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(base, id=name, marks=() if name in BY_DAY else pytest.mark.slow)
+        for name, base in BASES.items()
+    ],
+)
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS.keys())
 def test_every_base_optimizer_fits_a_regression(base, wrap):
     x = jax.random.normal(jax.random.key(1), (64, 12))
@@ -107,7 +114,13 @@ def test_every_base_optimizer_fits_a_regression(base, wrap):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(base, id=name, marks=() if name in BY_DAY else pytest.mark.slow)
+        for name, base in BASES.items()
+    ],
+)
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS.keys())
 def test_no_base_optimizer_changes_the_type_of_the_state(base, wrap, dtype):
     """A change would be an error in a cond or a scan."""
