@@ -151,8 +151,3 @@ def make_run(name):
         updates.append(new)
         states.append(state)
     return Run(updates, states[1:], traces)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """All that is compared here is compiled alike."""
