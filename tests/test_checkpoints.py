@@ -106,7 +106,7 @@ def with_flax(params, state, directory):
     "save_and_restore",
     [
         with_orbax,
-        with_savez,
+        pytest.param(with_savez, marks=pytest.mark.slow),
         pytest.param(with_pickle, marks=pytest.mark.slow),
         pytest.param(with_flax, marks=pytest.mark.slow),
     ],

@@ -141,7 +141,7 @@ def neighbours(value, scale, bits):
 def by_day(shape, bits):
     """By night all combinations."""
     shapes = [*SHAPES, *EMPTY]
-    return shape in [(3,), (65,), (5, 7, 4)] or shapes.index(shape) % 3 == bits.bit_length() - 2
+    return shape in [(3,), (65,), (5, 7, 4)] or shapes.index(shape) % 6 == bits.bit_length() - 2
 
 
 def every(*shapes):

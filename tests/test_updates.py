@@ -65,7 +65,7 @@ BASES = {
 
 SLOW_BASES = {
     *("identity", "zero", "sgd", "lamb", "norm clipped after", "parts", "another cycle in it"),
-    *("where finite", "per layer: adam", "adamw", "lion", "norm clipped before"),
+    *("where finite", "per layer: adam", "adamw", "adafactor", "lion", "norm clipped before"),
 }
 
 

@@ -28,12 +28,9 @@ def some(names, slow):
 BY_DAY = {
     "a_conditional",
     "a_scan_of_a_checkpoint",
-    "bfloat16_activations_of_float32_weights",
     "concatenated_and_padded",
     "convolutions_of_every_kind",
-    "factors_before_other_operations",
     "lookups_of_every_kind",
-    "normalized_weights",
     "opaque_uses",
     "parts_of_stacks",
     "what_the_loss_does_not_depend_on",

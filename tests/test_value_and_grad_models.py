@@ -162,7 +162,7 @@ NNX = [
     pytest.param(nnx_linear, marks=pytest.mark.slow),
     pytest.param(nnx_bfloat16, marks=pytest.mark.slow),
     pytest.param(nnx_linear_general, marks=pytest.mark.slow),
-    nnx_attention,
+    pytest.param(nnx_attention, marks=pytest.mark.slow),
     pytest.param(nnx_convolution, marks=pytest.mark.slow),
     pytest.param(nnx_tied_head, marks=pytest.mark.slow),
     pytest.param(nnx_scan, marks=pytest.mark.slow),
@@ -276,7 +276,7 @@ def linen_scan_of_remat(linen):
 
 
 LINEN = [
-    linen_attention,
+    pytest.param(linen_attention, marks=pytest.mark.slow),
     pytest.param(linen_tied_head, marks=pytest.mark.slow),
     linen_scan_of_remat,
     pytest.param(linen_dense, marks=pytest.mark.slow),
@@ -339,8 +339,8 @@ def equinox_scan(eqx):
 
 
 EQUINOX = [
-    equinox_attention,
-    equinox_checkpoint,
+    pytest.param(equinox_attention, marks=pytest.mark.slow),
+    pytest.param(equinox_checkpoint, marks=pytest.mark.slow),
     equinox_scan,
     pytest.param(equinox_perceptron, marks=pytest.mark.slow),
 ]
