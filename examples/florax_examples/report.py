@@ -1,5 +1,6 @@
 """What a run leaves for people and for programs: a table, a plot, a line of JSON."""
 
+import itertools
 import json
 import resource
 import sys
@@ -71,7 +72,7 @@ def write_results(
     if not devices.is_first():
         return
     settings.output.mkdir(parents=True, exist_ok=True)
-    plot_curves(curves, settings.output / "loss.png", unit, title)
+    plot(curves, runs, settings.output / "loss.png", unit, title)
     results = {"settings": as_json(settings), "runs": list(runs)}
     write_json(settings.output / "results.json", results)
     print(f"wrote {settings.output}/loss.png and results.json{more}")
@@ -130,24 +131,79 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
-def plot_curves(curves: Mapping[str, Curve], path: Path, unit: str, title: str) -> None:
+def plot(
+    curves: Mapping[str, Curve],
+    runs: Sequence[Mapping[str, Any]],
+    path: Path,
+    unit: str,
+    title: str,
+) -> None:
+    """Draw the losses against the examples seen; of several runs, also against the bytes held."""
+    held = {run["method"]: held_bytes(run) for run in runs if "optimizer_bytes" in run}
+    both = len(held) > 1
+    figure, panels = plt.subplots(
+        1, 1 + both, figsize=(11 if both else 7, 4.5), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title)
+    plot_curves(panels[0, 0], curves, unit)
+    if both:
+        losses = {run["method"]: run["test_loss"] for run in runs}
+        plot_bytes(panels[0, 1], held, losses, unit)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def held_bytes(run: Mapping[str, Any]) -> int:
+    """What a run keeps between steps, beside parameters."""
+    return run["optimizer_bytes"] + run["accumulator_bytes"]
+
+
+def plot_curves(axes: Any, curves: Mapping[str, Curve], unit: str) -> None:
     """Draw the held-out losses as dots and the training losses, smoothed, as thin lines."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    ends = {}
     for name, curve in curves.items():
-        (line,) = axes.plot(*np.array(curve.heldout).T, "o-", markersize=4, label=name)
+        (line,) = axes.plot(*np.array(curve.heldout).T, "o-", markersize=4)
         seen, loss = np.array(curve.train).T
         window = max(1, len(loss) // 50)
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         axes.plot(seen[window - 1 :], smooth, color=line.get_color(), alpha=0.5, linewidth=1)
+        ends[name] = (*curve.heldout[-1], line.get_color())
     # The steep start would leave no room for what tells the methods apart.
     axes.set_ylim(top=1.1 * max(curve.heldout[0][1] for curve in curves.values()))
-    axes.set(
-        xlabel="examples seen",
-        ylabel=f"loss in nats per {unit}: held-out (dots), training",
-        title=title,
-    )
+    axes.set(xlabel="examples seen", ylabel=f"loss in nats per {unit}: held-out (dots), training")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    label(axes, ends)
+
+
+def plot_bytes(axes: Any, held: Mapping[str, int], losses: Mapping[str, float], unit: str) -> None:
+    """Draw the test loss of each run over the bytes that it held."""
+    ends = {}
+    for name, size in held.items():
+        (point,) = axes.plot(size / 2**20, losses[name], "o")
+        ends[name] = size / 2**20, losses[name], point.get_color()
+    axes.set(xlabel="optimizer state and accumulator, MiB", ylabel=f"test loss in nats per {unit}")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.15)
+    axes.grid(alpha=0.3)
+    label(axes, ends)
+
+
+def label(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """Write names to the right of points (x, y, color), apart where these are close together."""
+    left, right = axes.get_xlim()
+    low, high = axes.get_ylim()
+    axes.set_xlim(left, right + 0.12 * (right - left))
+    near, apart = 0.15 * (right - left), 0.05 * (high - low)
+    names = sorted(ends, key=lambda name: ends[name][1])
+    heights = {name: ends[name][1] for name in names}
+    for _ in range(100):
+        heights[names[0]] = max(heights[names[0]], low + apart)
+        for below, above in itertools.combinations(names, 2):
+            lacking = apart - (heights[above] - heights[below])
+            if lacking > 0 and abs(ends[above][0] - ends[below][0]) < near:
+                heights[above] += lacking / 2
+                heights[below] -= lacking / 2
+    for name, (x, _, color) in ends.items():
+        place = {"textcoords": "offset points", "color": color, "va": "center"}
+        axes.annotate(name, (x, heights[name]), (6, 0), **place)
