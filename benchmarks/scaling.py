@@ -179,8 +179,8 @@ def measure(case: Case, rounds: int, known: str | None) -> dict[str, Any] | None
         return divided.lower(method, case.division, mesh, shape, dtype, *sizes)
 
     named = [(name, every) for name in case.methods] + [(name, 1) for name in case.alone]
-    devices = {label(name, count): count for name, count in named}
-    programs = {label(name, count): lower(name, count) for name, count in named}
+    devices = {tables.on(name, count): count for name, count in named}
+    programs = {tables.on(name, count): lower(name, count) for name, count in named}
     program = results.fingerprint(*(x.lowered for x in programs.values()))
     if program == known:
         return None
@@ -197,10 +197,6 @@ def measure(case: Case, rounds: int, known: str | None) -> dict[str, Any] | None
         return common | {"error": next(iter(errors.values()))}
     updates = {name: functools.partial(turns.update, name) for name in steps}
     return common | timing.take_turns(updates, rounds, warmup=0)
-
-
-def label(method: str, devices: int) -> str:
-    return f"{method} ×{devices}"
 
 
 def _compiled(

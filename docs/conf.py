@@ -80,7 +80,8 @@ class Results(SphinxDirective):
         sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
         from florax_benchmarks import pages, results
 
-        self.env.note_dependency(str(ROOT / "benchmarks/florax_benchmarks/pages.py"))
+        for file in (Path(pages.__file__), *results.FOLDER.glob("*.jsonl")):
+            self.env.note_dependency(str(file))
         return self.parse_text_to_nodes(pages.BLOCKS[self.arguments[0]](results.FOLDER))
 
 

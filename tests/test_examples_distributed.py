@@ -22,7 +22,7 @@ for requirement in (
 ):
     pytest.importorskip(requirement)
 
-from tiny import start, write_folders
+from tiny import end_of, start, write_folders
 
 # Four processes of every test want two cores.
 pytestmark = pytest.mark.slow
@@ -75,12 +75,6 @@ def outputs(processes, code=0):
             process.kill()
     assert [process.returncode for process in processes] == [code] * len(processes), found
     return found
-
-
-def end_of(output):
-    """The best weights and the curve of a run by `flora`."""
-    results = json.loads((output / "flora" / "results.json").read_text())
-    return (output / "flora" / "best" / "model.safetensors").read_bytes(), results["curve"]
 
 
 @pytest.mark.parametrize(

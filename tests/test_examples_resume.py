@@ -37,6 +37,7 @@ from flax import nnx
 from tiny import (
     InterruptedAfter,
     command_of,
+    end_of,
     environment,
     settings,
     start,
@@ -288,10 +289,12 @@ def small(tmp_path_factory):
     return ("--model", folder / "model", "--data", folder, "--length=96", "--rank=8")
 
 
-def end_of(output):
-    """The best weights and the curve of a run by `flora`."""
-    results = json.loads((output / "flora" / "results.json").read_text())
-    return (output / "flora" / "best" / "model.safetensors").read_bytes(), results["curve"]
+def uninterrupted(output, small, length):
+    """The end of a run that nothing interrupts."""
+    process = start("gpt2", "--output", output, *small, *SAVING, *length)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return end_of(output)
 
 
 KILLS = 10  # of a run
@@ -300,11 +303,7 @@ LONG = ("--updates=150", "--evaluations=30")
 
 @pytest.fixture(scope="module")
 def never_killed(small, tmp_path_factory):
-    output = tmp_path_factory.mktemp("never_killed")
-    process = start("gpt2", "--output", output, *small, *SAVING, *LONG)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return end_of(output)
+    return uninterrupted(tmp_path_factory.mktemp("never_killed"), small, LONG)
 
 
 @pytest.mark.slow
@@ -341,11 +340,7 @@ exit $status
 
 @pytest.fixture(scope="module")
 def never_full(small, tmp_path_factory):
-    output = tmp_path_factory.mktemp("never_full")
-    process = start("gpt2", "--output", output, *small, *SAVING, *SHORT)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return end_of(output)
+    return uninterrupted(tmp_path_factory.mktemp("never_full"), small, SHORT)
 
 
 @pytest.mark.slow

@@ -121,6 +121,12 @@ def start(script, *arguments, **variables):
     )
 
 
+def end_of(output):
+    """The best weights and the curve of a run by `flora`."""
+    results = json.loads((output / "flora" / "results.json").read_text())
+    return (output / "flora" / "best" / "model.safetensors").read_bytes(), results["curve"]
+
+
 # For the loop alone.
 
 CONFIG = GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2)

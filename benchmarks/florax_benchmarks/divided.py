@@ -13,15 +13,15 @@
     sketched-once   every device accumulates its own sketches, summed once an update: `data` alone
     both            as `sketched`, by `side="both"`, in the same bytes
 
-With `-int8` or `-int4` behind the last two, accumulators are in 8 or 4 bits; what is summed across
-devices is in float32.
+With `-int8` or `-int4` behind `sketched` and `both`, accumulators are in 8 or 4 bits; what is
+summed across devices is in float32.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import florax
 from florax_benchmarks import methods, models, steps
 
-DIVISIONS = ("data", "fsdp", "hybrid")
-Division: TypeAlias = Literal[DIVISIONS]
 METHODS = (
     *("full", "full-once", "sketched", "sketched-once"),
     *("sketched-int8", "both", "both-int8", "both-int4"),
 )
-MethodName: TypeAlias = Literal[METHODS]
 HOST, DEVICE = "host", "data"  # the axes of a mesh; of one host's the second alone
 
 
@@ -77,7 +74,6 @@ def lower(
     length: int,
     accumulate: int,
     rank: int,
-    side: str = "larger",
 ) -> Program:
     """The step of a method; `batch` is of one device, a micro-batch. Nothing is allocated."""
     params = _placed(models.parameter_shapes(shape, dtype), mesh, division)
@@ -91,7 +87,7 @@ def lower(
     if division != "data":
         # Else XLA may exchange activations in the place of weights, which is something else.
         loss_fn.keywords["whole"] = lambda w: jax.lax.with_sharding_constraint(w, replicated)
-    tx, step = _step(name, loss_fn, mesh, accumulate, rank, side)
+    tx, step = _step(name, loss_fn, mesh, accumulate, rank)
     shardings = florax.state_shardings(tx, params)
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -126,7 +122,7 @@ def _placed(params: Any, mesh: Mesh, division: str) -> Any:
 
 
 def _step(
-    name: str, loss_fn: steps.Loss, mesh: Mesh, accumulate: int, rank: int, side: str
+    name: str, loss_fn: steps.Loss, mesh: Mesh, accumulate: int, rank: int
 ) -> tuple[optax.GradientTransformation, steps.Step]:
     """What makes the state, and the step."""
     if name not in METHODS:
@@ -137,14 +133,14 @@ def _step(
         if once:
             return adafactor, full_size_once(loss_fn, adafactor, mesh)
         return adafactor, steps.full_size(loss_fn, adafactor)
-    tx = methods.accumulation(kind, accumulate, rank, side)
+    tx = methods.accumulation(kind, accumulate, rank, "larger")
     return tx, sketched_once(loss_fn, tx, mesh) if once else florax.value_and_update(loss_fn, tx)
 
 
 def full_size_once(loss_fn: steps.Loss, tx: optax.GradientTransformation, mesh: Mesh) -> steps.Step:
     """Each device accumulates the gradients of its rows; their mean is taken once an update."""
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=own_rows(mesh), out_specs=PartitionSpec())
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=_rows(mesh), out_specs=PartitionSpec())
     def accumulated(params: Any, batches: Any) -> Any:
         count = len(jax.tree.leaves(batches)[0])
         params = _own(params, mesh)
@@ -170,7 +166,7 @@ def full_size_once(loss_fn: steps.Loss, tx: optax.GradientTransformation, mesh: 
 def sketched_once(loss_fn: steps.Loss, tx: optax.GradientTransformation, mesh: Mesh) -> steps.Step:
     """Each device accumulates the sketches of its rows; their mean is taken once an update."""
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=own_rows(mesh), out_specs=PartitionSpec())
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=_rows(mesh), out_specs=PartitionSpec())
     def accumulated(params_and_state: Any, batches: Any) -> Any:
         params, state = params_and_state
         params, state = _own(params, mesh), _with_arrays(state, _own(state.sketch.arrays, mesh))
@@ -191,7 +187,7 @@ def sketched_once(loss_fn: steps.Loss, tx: optax.GradientTransformation, mesh: M
     return step
 
 
-def own_rows(mesh: Mesh) -> tuple[PartitionSpec, PartitionSpec]:
+def _rows(mesh: Mesh) -> tuple[PartitionSpec, PartitionSpec]:
     """Of a `shard_map`: everything for every device, and the rows of a batch divided."""
     return PartitionSpec(), PartitionSpec(None, mesh.axis_names)
 

@@ -187,10 +187,8 @@ def efficiencies(rows: list[Row], path: Path) -> None:
         own = row["settings"]
         lines = panels.setdefault((own["model"], own["division"]), {})
         for method in own["methods"]:
-            alone, label = f"{method.removesuffix('-once')} ×1", f"{method} ×{own['devices']}"
-            ratio = tables.ratio(row, alone, label)
-            if ratio != "-":
-                lines.setdefault(method, {})[own["devices"]] = float(ratio)
+            if (efficiency := tables.efficiency(row, method)) is not None:
+                lines.setdefault(method, {})[own["devices"]] = efficiency
     columns = len(panels)
     figure, axes = plt.subplots(
         1, columns, figsize=(3.5 * columns, 3.5), sharey=True, squeeze=False, layout="constrained"

@@ -170,7 +170,7 @@ def beside(folder: Path, given: Links | None = None) -> str:
     for row in measured_rows(folder):
         own = row["settings"]
         for method in own["methods"]:
-            label, alone = f"{method} ×{own['devices']}", f"{method.removesuffix('-once')} ×1"
+            label, alone = tables.on(method, own["devices"]), tables.alone(method)
             if label not in row["milliseconds"]:
                 continue
             measured = row["milliseconds"][label]
@@ -178,7 +178,7 @@ def beside(folder: Path, given: Links | None = None) -> str:
             sent = row["programs"][label]["sent_bytes"]
             figures = ["-" if sent is None else f"{sent / 1e9:.1f}", "-", f"{measured:.1f}"]
             wire = wires.get(_key(own | {"method": method}))
-            predicted, efficiency = ["-", "-"], "-"
+            predicted = ["-", "-"]
             if wire:
                 compute = row["milliseconds"].get(alone, math.nan) / 1e3
                 step = links.step(
@@ -189,10 +189,11 @@ def beside(folder: Path, given: Links | None = None) -> str:
                 if alone in row["milliseconds"]:
                     each = 1e3 / own["accumulate"]
                     predicted = [f"{step.overlapped * each:.1f}", f"{step.apart * each:.1f}"]
-            full = f"full ×{own['devices']}"
-            ratio = tables.ratio(row, label, full)
-            efficiency = tables.ratio(row, alone, label)
-            cells.append([title, method, *figures, *predicted, ratio, efficiency])
+            ratios = (
+                tables.ratio(row, label, tables.on("full", own["devices"])),
+                tables.efficiency(row, method),
+            )
+            cells.append([title, method, *figures, *predicted, *map(tables.shown, ratios)])
     header = ["", "method", "GB sent", "predicted", "ms", "predicted: overlapped", "apart"]
     header += ["÷ full", "efficiency"]
     return tables.table(header, cells, 2) if cells else "Not yet run."

@@ -61,24 +61,43 @@ def scaling(rows: list[Row]) -> str:
         title = f"{settings['model']} {settings['division']} ×{devices}"
         failures += "".join(f"{title}, {name}: {text}\n" for name, text in r["errors"].items())
         for method in settings["methods"]:
-            if (own := r["programs"].get(f"{method} ×{devices}")) is None:
+            label = on(method, devices)
+            if (own := r["programs"].get(label)) is None:
                 continue
-            label, full = f"{method} ×{devices}", f"full ×{devices}"
             sizes = [mebibytes(own[f"{name}_bytes"]) for name in ("payload", "sent", "peak")]
             times = [
                 f"{r['milliseconds'][label]:.2f}",
-                ratio(r, label, full),
-                ratio(r, f"{method.removesuffix('-once')} ×1", label),
+                shown(ratio(r, label, on("full", devices))),
+                shown(efficiency(r, method)),
             ]
             cells.append([title, method, *sizes, *times])
     header = ["", "method", "entering MiB", "sent MiB", "peak MiB", "ms", "÷ full", "efficiency"]
     return failures + table(header, cells, 2)
 
 
-def ratio(row: Row, name: str, against: str) -> str:
-    """The median of the rounds' ratios."""
+def on(method: str, devices: int) -> str:
+    """The name in a row of what was measured of a method on so many devices."""
+    return f"{method} ×{devices}"
+
+
+def alone(method: str) -> str:
+    """The same on one device, where there is nothing to sum once."""
+    return on(method.removesuffix("-once"), 1)
+
+
+def efficiency(row: Row, method: str) -> float | None:
+    """The time on one device ÷ the time on all."""
+    return ratio(row, alone(method), on(method, row["settings"]["devices"]))
+
+
+def ratio(row: Row, name: str, against: str) -> float | None:
+    """The median of the rounds' ratios, if both were measured."""
     pairs = [(r[name], r[against]) for r in row["rounds"] if name in r and against in r]
-    return f"{statistics.median(x / y for x, y in pairs):.3f}" if pairs else "-"
+    return statistics.median(x / y for x, y in pairs) if pairs else None
+
+
+def shown(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.3f}"
 
 
 def wire(rows: list[Row]) -> str:
