@@ -146,6 +146,14 @@ def test_the_last_two_checkpoints_are_kept(two, tmp_path):
     assert sorted(path.name for path in copy.iterdir()) == ["20", "30"]
 
 
+def test_a_checkpoint_that_is_there_is_not_written_again_nor_removed(two, tmp_path):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(two, copy)
+    with pytest.raises(CheckpointError, match="20 is there already"):
+        Checkpoints(copy).save(20, state(30), {})
+    assert Checkpoints(copy).latest() == 20
+
+
 def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

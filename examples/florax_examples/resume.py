@@ -82,6 +82,10 @@ class Checkpoints:
             if devices.is_first():
                 write_json(folder / "notes.json", notes)
                 write_json(folder / DIGESTS, _digests(folder))
+        except FileExistsError as error:  # of a run beside this one, and not ours to remove
+            raise CheckpointError(
+                f"the checkpoint {folder} is there already: does another run write to this folder?"
+            ) from error
         except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
             shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(
