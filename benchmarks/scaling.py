@@ -1,10 +1,13 @@
 """What do sketches save on the wire, and in time, on several devices?
 
     python benchmarks/scaling.py --part measure    # on all devices of this host
+    python benchmarks/scaling.py --part compile    # the same, but nothing runs: bytes alone
     python benchmarks/scaling.py --part predict    # on thousands, on paper
 
 Every device has as many rows of a micro-batch, on one device as on all (weak scaling), so that an
 efficiency is the time on one divided by that on all. Bytes are counted in the compiled program.
+With JAX_COMPILATION_CACHE_DIR set, what `--part compile` has compiled, of several rows at the same
+time if these are told apart by `--only`, is not compiled again by `--part measure`.
 
 On paper, bytes are those of programs that are compiled for 8 and 16 devices of the CPU, without an
 array; times are those of a model of links, whose assumptions are printed.
@@ -53,11 +56,11 @@ class Case:
     def title(self) -> str:
         return f"{self.model} {self.dtype} {self.batch}×{self.length} {self.division}"
 
-    def settings(self, devices: int) -> dict[str, Any]:
+    def settings(self, part: str, devices: int) -> dict[str, Any]:
         """What identifies a row of the results."""
         own = dataclasses.asdict(self)
         lists = {name: list(own[name]) for name in ("methods", "alone")}
-        return {"part": "measure", "devices": devices, **own, **lists}
+        return {"part": part, "devices": devices, **own, **lists}
 
 
 DATA = ("full", "full-once", "sketched", "sketched-once")
@@ -87,7 +90,7 @@ PAPER = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    part: Literal["measure", "predict"] = "measure"  # what to do
+    part: Literal["measure", "compile", "predict"] = "measure"  # what to do
     size: Literal["real", "tiny"] = "real"  # of the models; tiny ones to try the script
     only: str = ""  # only rows with this text in their title, as in "llama-7b fsdp"
     rounds: int = 3  # timed updates of each method, after one that is not
@@ -169,7 +172,8 @@ class Turns:
         self.devices, self.params, self.batches = 0, None, None
 
 
-def measure(case: Case, rounds: int, known: str | None) -> dict[str, Any] | None:
+def measure(case: Case, rounds: int | None, known: str | None) -> dict[str, Any] | None:
+    """Of one row; without rounds what is known of the compiled programs alone."""
     every = jax.device_count()
     shape, dtype = models.SHAPES[case.model], jnp.dtype(case.dtype)
 
@@ -186,7 +190,7 @@ def measure(case: Case, rounds: int, known: str | None) -> dict[str, Any] | None
         return None
     steps, errors = _compiled(programs, devices, shape.vocabulary)
     turns = Turns(steps)
-    for name in [*steps]:
+    for name in [*steps] if rounds else ():
         if error := _failure(lambda name=name: _first(turns, name)):
             errors[name] = error
             turns.forget(name)
@@ -195,6 +199,8 @@ def measure(case: Case, rounds: int, known: str | None) -> dict[str, Any] | None
     common = {"program": program, "programs": figures, "errors": errors}
     if not steps:
         return common | {"error": next(iter(errors.values()))}
+    if not rounds:
+        return common
     updates = {name: functools.partial(turns.update, name) for name in steps}
     return common | timing.take_turns(updates, rounds, warmup=0)
 
@@ -317,7 +323,7 @@ def predict(s: Settings) -> None:
     on_paper = [(case, True) for case in PAPER] if s.size == "real" else []
     for case, paper in [*((case, False) for case in CASES[s.size]), *on_paper]:
         for method in case.methods if s.only in case.title else ():
-            settings = case.settings(0) | {"method": method, "on_paper": paper}
+            settings = case.settings(s.part, 0) | {"method": method, "on_paper": paper}
             for name in ("part", "devices", "accumulate", "methods", "alone"):
                 del settings[name]
             isolated = functools.partial(results.isolated, compiled_bytes, case, method)
@@ -346,13 +352,16 @@ def measure_all(s: Settings) -> None:
             print(f"not begun in {s.limit:.0f} seconds: {case.title}")
             continue
         start = time.monotonic()
-        isolated = functools.partial(results.isolated, measure, case, s.rounds)
-        settings = case.settings(here["count"])
-        rows.append(results.get_of_program(s.results, "scaling", settings, isolated))
-        print(f"{case.title}: {time.monotonic() - start:.0f} seconds\n{tables.scaling(rows[-1:])}")
-        print(flush=True)
+        rounds = s.rounds if s.part == "measure" else None
+        isolated = functools.partial(results.isolated, measure, case, rounds)
+        settings = case.settings(s.part, here["count"])
+        file = {"measure": "scaling", "compile": "compiled"}[s.part]
+        row = results.get_of_program(s.results, file, settings, isolated)
+        print(f"{case.title}: {time.monotonic() - start:.0f} seconds", flush=True)
+        rows.append(row)
+        print(f"{tables.OF[file](rows[-1:])}\n", flush=True)
     if len(rows) > 1:
-        print(tables.scaling(rows))
+        print(tables.OF[file](rows))
 
 
 def main(s: Settings) -> None:

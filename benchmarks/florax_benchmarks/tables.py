@@ -75,6 +75,24 @@ def scaling(rows: list[Row]) -> str:
     return failures + table(header, cells, 2)
 
 
+def compiled(rows: list[Row]) -> str:
+    """What is known of programs for several devices that did not run."""
+    cells = [
+        [
+            f"{settings['model']} {settings['dtype']} {settings['division']}",
+            name,
+            mebibytes(own["sent_bytes"]),
+            mebibytes(own["peak_bytes"]),
+            f"{own['compile_seconds']:.0f}",
+        ]
+        for row in rows
+        for settings in [row["settings"]]
+        for name, own in row.get("programs", {}).items()
+    ]
+    header = ["", "method", "sent MiB", "peak MiB", "seconds to compile"]
+    return table(header, cells, left=2)
+
+
 def on(method: str, devices: int) -> str:
     """The name in a row of what was measured of a method on so many devices."""
     return f"{method} ×{devices}"
@@ -258,6 +276,7 @@ OF = {
     "main_job": times,
     "allreduce": allreduce,
     "scaling": scaling,
+    "compiled": compiled,
     "wire": wire,
     "peers": peers,
     "host_time": host_time,
