@@ -4,21 +4,26 @@ r"""What do small accumulators and momenta cost in quality, for their bytes?
     python benchmarks/quality.py --task translation --data MULTI30K TATOEBA_DEEN \
         --test IWSLT17_TEST --variants none float32 lora-8/float32 64-paper 64-both-int8
 
-Every variant has the best of the same learning rates, by the mean validation loss of its seeds; all
-of them train at once, compiled to one program. Where the best is the lowest or highest, rates
-beyond it are tried too. Then the test data are scored, by each seed's parameters at that rate.
+Every variant has the best of the same learning rates, by the mean validation loss of its seeds; as
+many runs as fill a GPU train at once, compiled to one program. First comes one seed of each rate,
+then what may be the best has the others. Where the best is the lowest or highest, rates beyond it
+are tried too. Then the test data are scored, by each seed's parameters at that rate.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from florax_benchmarks import results, sweep, tables, tasks, variants
+
+# Of a task, what the settings may say otherwise.
+CHOSEN = (
+    "learning_rates", "updates", "micro_batch", "accumulate", "resample_every", "at_once",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Settings:
     test: tuple[str, ...] = ()  # more folders to be scored on, of translation
     model: str | None = None  # folder of the model that summarization and t5 fine-tune
     seeds: int = 3  # of weights, order of the data and projections
+    at_once: int | None = None  # runs of a variant that train at once; None: the task's own
     learning_rates: tuple[float, ...] = ()  # to choose from; by default the task's own
     updates: int | None = None  # of the optimizer; None: the task's own, as the next three
     micro_batch: int | None = None  # examples of a micro-batch
@@ -44,74 +50,91 @@ class Settings:
             raise ValueError(f"save is for denoising only, got task={self.task}")
 
     def make_task(self) -> tasks.Task:
-        names = ("learning_rates", "updates", "micro_batch", "accumulate", "resample_every")
-        own = {name: value for name in names if (value := getattr(self, name))}
+        own = {name: value for name in CHOSEN if (value := getattr(self, name))}
         return tasks.make(self.task, self.data, self.model, self.test)._replace(**own)
 
     def identity(self, task: tasks.Task) -> dict[str, Any]:
         """What identifies a row, but for its variant."""
-        names = ("learning_rates", "updates", "micro_batch", "accumulate", "resample_every")
         folders = {name: [Path(f).name for f in getattr(self, name)] for name in ("data", "test")}
         model = self.model and Path(self.model).name
-        own = {name: getattr(task, name) for name in names}
+        own = {name: getattr(task, name) for name in CHOSEN}
         own["learning_rates"] = [*task.learning_rates]
         return {"task": self.task, **folders, "model": model, "seeds": self.seeds, **own}
 
 
-class Rate(NamedTuple):
-    """What came of one learning rate, by seed."""
-
-    validation: np.ndarray
-    test: np.ndarray
-    params: list[Any]
-
-    @classmethod
-    def each(cls, outcome: sweep.Outcome) -> Iterator["Rate"]:
-        for i, (validation, test) in enumerate(zip(outcome.validation, outcome.test, strict=True)):
-            seeds = range(len(test))
-            params = [jax.tree.map(lambda x, i=i, j=j: x[i, j], outcome.params) for j in seeds]
-            yield cls(validation, test, params)
-
-    @property
-    def mean(self) -> float:
-        return float(np.where(np.isfinite(self.validation), self.validation, np.inf).mean())
+def mean(losses: Iterable[float]) -> float:
+    """Infinite if one of them is not finite."""
+    found = float(np.mean([*losses]))
+    return found if np.isfinite(found) else np.inf
 
 
-def beyond(means: dict[float, float]) -> float | None:
-    """Of mean losses by learning rate: the rate to try next, if the best has none on one side."""
-    rates = sorted(means)
-    best = min(rates, key=lambda rate: means[rate])
-    if len(rates) == 1 or not np.isfinite(means[best]):
+def next_runs(
+    rates: Sequence[float], seeds: int, tried: Mapping[sweep.Run, float], at_once: int
+) -> list[sweep.Run]:
+    """What to run next to find the best learning rate; nothing once it is found.
+
+    It is the one with the least mean over its seeds. It is found when all seeds have run at it, and
+    rates on both sides of it, by half and by twice as much beyond the sweep. What is not needed for
+    that comes only to fill up: more seeds, of the better rates first.
+
+    Args:
+      rates: the sweep.
+      seeds: of each rate, from 0.
+      tried: validation losses.
+      at_once: as many as train at a time.
+    """
+    means = {
+        rate: mean(loss for run, loss in tried.items() if run.rate == rate)
+        for rate in {run.rate for run in tried}
+    }
+    ranked = sorted(means, key=means.__getitem__) or [*rates]
+    needed = [sweep.Run(rate, 0) for rate in rates]
+    if means:
+        needed += [sweep.Run(ranked[0], seed) for seed in range(seeds)]
+    if len(means) > 1 and means[ranked[0]] < np.inf:
+        beyond = {min(means): min(means) / 2, max(means): max(means) * 2}
+        needed += [sweep.Run(beyond[rate], 0) for rate in ranked[:1] if rate in beyond]
+    needed = [run for run in dict.fromkeys(needed) if run not in tried]
+    more = (sweep.Run(rate, seed) for rate in ranked for seed in range(seeds))
+    others = [run for run in more if run not in tried and run not in needed]
+    return [*needed, *others][:at_once] if needed else []
+
+
+def measure(s: Settings, runs: sweep.Sweep, known: str | None) -> dict[str, Any] | None:
+    if (program := results.fingerprint(runs.lowered)) == known:
         return None
-    return {rates[0]: best / 2, rates[-1]: best * 2}.get(best)
+    task = runs.task
+    tried: dict[sweep.Run, sweep.Outcome] = {}
+    rounds = 0
 
+    def more() -> list[sweep.Run]:
+        losses = {run: outcome.validation for run, outcome in tried.items()}
+        return next_runs(task.learning_rates, s.seeds, losses, task.at_once)
 
-def measure(
-    s: Settings, variant: str, prepared: sweep.Sweep, known: str | None
-) -> dict[str, Any] | None:
-    if (program := results.fingerprint(prepared.lowered)) == known:
-        return None
-    task = prepared.task
-    outcome = sweep.run(prepared)
-    update_seconds = outcome.seconds / task.updates / outcome.test.size
-    tried = dict(zip(task.learning_rates, Rate.each(outcome), strict=True))
-    while rate := beyond({rate: own.mean for rate, own in tried.items()}):
-        more = sweep.run(sweep.prepare(task, variant, (rate,), s.seeds))
-        tried[rate] = next(Rate.each(more))
-    tried = dict(sorted(tried.items()))
-    best = min(tried, key=lambda rate: tried[rate].mean)
-    scores = [task.score(params) for params in tried[best].params]
+    while new := more():
+        tried |= zip(new, runs.train(new), strict=True)
+        rounds += 1
+    rates: dict[float, list[sweep.Outcome]] = {}
+    for run in sorted(tried):
+        rates.setdefault(run.rate, []).append(tried[run])
+    means = {
+        rate: mean(own.validation for own in outcomes)
+        for rate, outcomes in rates.items()
+        if len(outcomes) == s.seeds
+    }
+    best = min(means, key=means.__getitem__)
+    scores = [task.score(own.params) for own in rates[best]]
     if s.save:
-        task.save(tried[best].params[0], s.save)
+        task.save(rates[best][0].params, s.save)
     return {
         "program": program,
-        **prepared.bytes,
+        **runs.bytes,
         "learning_rate": best,
-        "losses": tried[best].test.tolist(),
+        "losses": [own.test for own in rates[best]],
         "scores": {name: [own[name] for own in scores] for name in scores[0]},
-        "tried": [*tried],
-        "sweep": [own.validation.tolist() for own in tried.values()],
-        "update_ms": round(1e3 * update_seconds, 3),
+        "tried": [*rates],
+        "sweep": [[own.validation for own in outcomes] for outcomes in rates.values()],
+        "update_ms": round(1e3 * runs.seconds / rounds / task.at_once / task.updates, 3),
     }
 
 
@@ -119,9 +142,9 @@ def main(s: Settings) -> None:
     task = s.make_task()
     rows = []
     for variant in s.variants:
-        prepared = sweep.prepare(task, variant, task.learning_rates, s.seeds)
+        runs = sweep.Sweep(task, variant, task.at_once)
         settings = s.identity(task) | {"variant": variant}
-        measured = functools.partial(measure, s, variant, prepared)
+        measured = functools.partial(measure, s, runs)
         rows.append(results.get_of_program(s.results, "quality", settings, measured))
         print(f"{variant}: {np.mean(rows[-1]['losses']):.4f}", flush=True)
     print(f"\n{s.task}, ×{task.accumulate}, nats a {task.unit}:\n{tables.quality(rows)}")

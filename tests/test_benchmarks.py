@@ -1,7 +1,6 @@
 """What the benchmarks rest on: variants, baselines, sweeps, and figures that come from results."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -247,28 +246,65 @@ def toy(updates=6):
         updates=updates,
         learning_rates=(1e-2, 3e-2),
         resample_every=2,
+        at_once=4,
     )
 
 
+class Pretended:
+    """In the place of a `Sweep`: its losses are known, the lower the nearer to the best rate."""
+
+    def __init__(self, best, at_once):
+        self.task = toy()._replace(
+            learning_rates=(0.25, 0.5, 1.0), at_once=at_once, score=lambda rate: {"rate": rate}
+        )
+        self.lowered, self.bytes, self.best, self.ran, self.seconds = None, {}, best, [], 1.0
+
+    def train(self, runs):
+        assert 0 < len(runs) <= self.task.at_once
+        self.ran += runs
+        losses = [abs(np.log2(run.rate / self.best)) + run.seed / 8 for run in runs]
+        return [
+            sweep.Outcome(loss, loss + 1, run.rate) for loss, run in zip(losses, runs, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 5, 9])
 @pytest.mark.parametrize("best", [1 / 8, 1 / 4, 1 / 2, 1.0, 4.0])
-def test_the_best_learning_rate_is_inside_of_those_tried(best, monkeypatch):
-    def run(rates):  # losses are least at `best`
-        losses = np.abs(np.log2(rates) - np.log2(best))[:, None] + [0.0, 0.1]
-        params = np.broadcast_to(np.array(rates)[:, None], losses.shape)
-        return sweep.Outcome(losses, losses + 1, params, seconds=1.0)
-
-    task = toy()._replace(learning_rates=(0.25, 0.5), score=lambda rate: {"rate": float(rate)})
-    prepared = SimpleNamespace(task=task, lowered=None, bytes={}, arguments=task.learning_rates)
+def test_the_best_learning_rate_has_all_seeds_and_lies_inside_of_those_tried(
+    best, at_once, monkeypatch
+):
     monkeypatch.setattr(results, "fingerprint", lambda lowered: "new")
-    monkeypatch.setattr(sweep, "run", lambda prepared: run(prepared.arguments))
-    monkeypatch.setattr(
-        sweep, "prepare", lambda task, name, rates, seeds: SimpleNamespace(arguments=rates)
-    )
-    row = quality.measure(quality.Settings("bytes", seeds=2), "float32", prepared, None)
+    runs = Pretended(best, at_once)
+    row = quality.measure(quality.Settings("bytes", seeds=3), runs, None)
+    assert len(set(runs.ran)) == len(runs.ran)
     assert row["learning_rate"] == best
-    assert row["scores"] == {"rate": [best, best]}
+    assert row["scores"] == {"rate": [best] * 3}
     assert row["tried"][0] < best < row["tried"][-1]
-    assert row["losses"] == [1.0, 1.1]
+    assert {0.25, 0.5, 1.0} <= {*row["tried"]}
+    assert row["losses"] == [1.0, 1.125, 1.25]
+
+
+def test_more_seeds_of_other_rates_only_fill_up():
+    def ran(at_once):
+        runs = Pretended(0.5, at_once)
+        tried = {}
+        while new := quality.next_runs(runs.task.learning_rates, 3, tried, at_once):
+            tried |= {run: own.validation for run, own in zip(new, runs.train(new), strict=True)}
+        return runs.ran
+
+    assert [run.rate for run in ran(1)] == [0.25, 0.5, 1.0, 0.5, 0.5]
+    assert len(ran(3)) == 6
+    assert len(ran(9)) == 9
+
+
+def test_where_every_rate_diverges_the_row_says_so(monkeypatch):
+    monkeypatch.setattr(results, "fingerprint", lambda lowered: "new")
+    runs = Pretended(0.5, 3)
+    diverged = sweep.Outcome(np.nan, np.nan, 0.0)
+    runs.train = lambda new: [diverged for _ in new]
+    row = quality.measure(quality.Settings("bytes", seeds=2), runs, None)
+    assert np.isnan(row["losses"]).all()
+    assert row["tried"] == [0.25, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -281,41 +317,38 @@ def test_the_best_learning_rate_is_inside_of_those_tried(best, monkeypatch):
 )
 def test_a_sweep_is_its_runs_one_by_one(name):
     task = toy()
-    outcome = sweep.run(sweep.prepare(task, name, task.learning_rates, 2))
+    runs = [sweep.Run(rate, seed) for rate in task.learning_rates for seed in range(2)]
+    outcomes = sweep.Sweep(task, name, 4).train(runs)
     count = {"none": 18}.get(name, 6)  # updates
-    for i, peak in enumerate(task.learning_rates):
-        for seed in range(2):
-            params = task.init(jax.random.key(seed), ())
-            order = np.random.default_rng(seed)
-            accumulate = 1 if name == "none-updates" else 3
-            rows = np.concatenate([order.permutation(40) for _ in range(2)])
-            rows = rows[: 6 * 2 * accumulate].reshape(count, -1)
-            rate = optax.warmup_cosine_decay_schedule(0.0, peak, 1, count)
-            opt = optax.adafactor(
-                rate, min_dim_size_to_factor=64, multiply_by_parameter_scale=False
-            )
-            if "+" in name:
-                opt = optax.chain(opt, optax.ema(0.9, debias=False))
-            opt = florax.per_layer(opt, task.is_stacked)
-            state = opt.init(params)
+    for (peak, seed), outcome in zip(runs, outcomes, strict=True):
+        params = task.init(jax.random.key(seed), ())
+        order = np.random.default_rng(seed)
+        accumulate = 1 if name == "none-updates" else 3
+        rows = np.concatenate([order.permutation(40) for _ in range(2)])
+        rows = rows[: 6 * 2 * accumulate].reshape(count, -1)
+        rate = optax.warmup_cosine_decay_schedule(0.0, peak, 1, count)
+        opt = optax.adafactor(rate, min_dim_size_to_factor=64, multiply_by_parameter_scale=False)
+        if "+" in name:
+            opt = optax.chain(opt, optax.ema(0.9, debias=False))
+        opt = florax.per_layer(opt, task.is_stacked)
+        state = opt.init(params)
 
-            def loss(params, rows):
-                return task.losses(
-                    params, jax.tree.map(lambda x: jnp.asarray(x)[rows], task.train)
-                )[0].mean()
+        def loss(params, rows):
+            return task.losses(params, jax.tree.map(lambda x: jnp.asarray(x)[rows], task.train))[
+                0
+            ].mean()
 
-            @jax.jit
-            def step(params, state, rows, opt=opt):
-                updates, state = opt.update(jax.grad(loss)(params, rows), state, params)
-                return optax.apply_updates(params, updates), state
+        @jax.jit
+        def step(params, state, rows, opt=opt):
+            updates, state = opt.update(jax.grad(loss)(params, rows), state, params)
+            return optax.apply_updates(params, updates), state
 
-            for own in rows:
-                params, state = step(params, state, own)
-            expected = task.losses(params, task.test)[0].mean()
-            # 18 steps at most, whose products of 8 terms round otherwise together: some 1e-5.
-            assert_allclose(outcome.test[i, seed], expected, rtol=1e-4)
-            got = jax.tree.map(lambda x, i=i, seed=seed: x[i, seed], outcome.params)
-            assert_allclose(task.losses(got, task.test)[0].mean(), outcome.test[i, seed], rtol=1e-5)
+        for own in rows:
+            params, state = step(params, state, own)
+        expected = task.losses(params, task.test)[0].mean()
+        # 18 steps at most, whose products of 8 terms round otherwise together: some 1e-5.
+        assert_allclose(outcome.test, expected, rtol=1e-4)
+        assert_allclose(task.losses(outcome.params, task.test)[0].mean(), outcome.test, rtol=1e-5)
 
 
 OFTEN = ("lora-2/float32+float32", "galore-2/float32", "apollo-2/float32")
@@ -331,9 +364,9 @@ SELDOM = (
 def test_every_kind_of_variant_learns(name):
     task = toy(40)
     before = task.losses(task.init(jax.random.key(0), ()), task.test)[0].mean()
-    prepared = sweep.prepare(task, name, (1e-2,), 1)
-    assert sweep.run(prepared).test[0, 0] < 0.9 * before
-    accumulator = prepared.bytes["accumulator_bytes"] / prepared.bytes["parameter_bytes"]
+    runs = sweep.Sweep(task, name, 1)
+    assert runs.train([sweep.Run(1e-2, 0)])[0].test < 0.9 * before
+    accumulator = runs.bytes["accumulator_bytes"] / runs.bytes["parameter_bytes"]
     assert (accumulator == 0) == name.endswith("/none")
     assert accumulator <= 1
 

@@ -1,4 +1,4 @@
-"""A variant trains on a task at all learning rates from all seeds at once: one compiled program."""
+"""A variant trains on a task, at several learning rates from several seeds at once."""
 
 import functools
 import time
@@ -19,63 +19,92 @@ EVALUATED = 16  # held-out examples at a time, of each run
 WARMUP = 0.05  # share of the updates, of tasks that have a schedule
 
 
-class Sweep(NamedTuple):
-    """A program that is not compiled yet, and its arguments."""
+class Run(NamedTuple):
+    """Of a variant on a task."""
 
-    task: Task
-    lowered: jax.stages.Lowered
-    arguments: tuple[Any, ...]
-    bytes: dict[str, int]  # of parameters, accumulator and what else there is beside parameters
+    rate: float  # the learning rate, at its peak
+    seed: int  # of parameters, the order of the data and projections
 
 
 class Outcome(NamedTuple):
-    """Arrays are by learning rate and seed."""
+    """Of a run: held-out losses, and the parameters on the host."""
 
-    validation: np.ndarray
-    test: np.ndarray
-    params: Any  # parameters with these two leading axes
-    seconds: float  # of all runs together, without compilation
+    validation: float
+    test: float
+    params: Any
 
 
-def prepare(task: Task, name: str, learning_rates: Sequence[float], seeds: int) -> Sweep:
-    """The sweep of the variant of this name."""
-    v = variants.parse(name)
-    task = task if v.accumulator or not v.few_examples else task._replace(accumulate=1)
-    order = np.stack([_order(task, seed) for seed in range(seeds)])
-    if v.accumulator is None:
-        order = order.reshape(seeds, -1, 1, task.micro_batch)
+class Sweep:
+    """Runs of one variant on one task, so many at a time, by one compiled program.
 
-    def one(rate: Array, seed: Array, order: Array, data: Any, saved: Any) -> Any:
-        run = _Run(task, v, rate, jax.random.key(seed), len(order), saved)
+    Attributes:
+      task: what is learned.
+      bytes: of parameters, accumulator and what else there is beside parameters, of one run.
+      lowered: the program, not compiled yet.
+      seconds: of all runs so far together, without compilation.
+    """
+
+    def __init__(self, task: Task, variant: str, at_once: int):
+        """Nothing is compiled yet.
+
+        Args:
+          task: what is learned.
+          variant: its name.
+          at_once: runs that the program trains.
+        """
+        self._variant, self._at_once = variants.parse(variant), at_once
+        if self._variant.accumulator is None and self._variant.few_examples:
+            task = task._replace(accumulate=1)
+        self.task, self.seconds = task, 0.0
+        self.bytes = _bytes(task, self._variant)
+        data = {"train": task.train, "validation": task.validation, "test": task.test}
+        self._given = (data, task.saved)
+        program = jax.jit(jax.vmap(self._train, (0, 0, 0, None, None)))
+        runs = self._inputs([Run(1e-3, seed) for seed in range(at_once)])
+        self.lowered = program.lower(*runs, *self._given)
+        self._compiled: jax.stages.Compiled | None = None
+
+    def train(self, runs: Sequence[Run]) -> list[Outcome]:
+        """Of these runs, at most `at_once`."""
+        if self._compiled is None:
+            self._compiled = self.lowered.compile()
+            self._given = jax.device_put(self._given)
+        # The program has as many: the last one takes the place of those that are missing.
+        filled = [*runs, *[runs[-1]] * (self._at_once - len(runs))]
+        inputs = jax.block_until_ready((*self._inputs(filled), *self._given))
+        with results.alone():
+            start = time.perf_counter()
+            trained = jax.block_until_ready(self._compiled(*inputs))
+            self.seconds += time.perf_counter() - start
+        validation, test, params = jax.device_get(trained)
+        return [
+            Outcome(float(validation[i]), float(test[i]), jax.tree.map(lambda x, i=i: x[i], params))
+            for i in range(len(runs))
+        ]
+
+    def _inputs(self, runs: Sequence[Run]) -> tuple[Array, Array, Array]:
+        rates, seeds = (jnp.array(own) for own in zip(*runs, strict=True))
+        orders = {run.seed: _order(self.task, run.seed) for run in runs}
+        order = np.stack([orders[run.seed] for run in runs])
+        if self._variant.accumulator is None:  # every micro-batch is an update's
+            order = order.reshape(len(runs), -1, 1, self.task.micro_batch)
+        return rates, seeds, jnp.array(order)
+
+    def _train(self, rate: Array, seed: Array, order: Array, data: Any, saved: Any) -> Any:
+        key = jax.random.key(seed)
+        run = _Optimization(self.task, self._variant, rate, key, len(order), saved)
 
         def update(carry: Any, rows: Array) -> tuple[Any, Array]:
-            loss, *carry = run.step(*carry, task.take(data["train"], rows))
+            loss, *carry = run.step(*carry, self.task.take(data["train"], rows))
             return tuple(carry), loss
 
         (trained, _), _ = jax.lax.scan(update, (run.trained, run.tx.init(run.trained)), order)
         params = run.merge(trained)
-        losses = [_heldout(task, params, data[split]) for split in ("validation", "test")]
+        losses = [_heldout(self.task, params, data[split]) for split in ("validation", "test")]
         return *losses, params
 
-    data = {"train": task.train, "validation": task.validation, "test": task.test}
-    over_seeds = jax.vmap(one, (None, 0, 0, None, None))
-    program = jax.jit(jax.vmap(over_seeds, (0, None, None, None, None)))
-    arguments = (jnp.array(learning_rates), jnp.arange(seeds), order, data, task.saved)
-    lowered = program.lower(*arguments)
-    return Sweep(task, lowered, arguments, _bytes(task, v))
 
-
-def run(sweep: Sweep) -> Outcome:
-    compiled = sweep.lowered.compile()
-    arguments = jax.block_until_ready(jax.device_put(sweep.arguments))
-    with results.alone():
-        start = time.perf_counter()
-        validation, test, params = jax.block_until_ready(compiled(*arguments))
-        seconds = time.perf_counter() - start
-    return Outcome(np.asarray(validation), np.asarray(test), params, seconds)
-
-
-class _Run:
+class _Optimization:
     """One run's optimizer, the trained parameters at its start, and its step."""
 
     def __init__(
@@ -138,7 +167,7 @@ def _bytes(task: Task, v: variants.Variant) -> dict[str, int]:
     """Those of one run, by shapes alone."""
 
     def parts(saved: Any) -> Any:
-        run = _Run(task, v, 1.0, jax.random.key(0), 2, saved)
+        run = _Optimization(task, v, 1.0, jax.random.key(0), 2, saved)
         state, accumulator = run.tx.init(run.trained), ()
         if isinstance(state, florax.FloraAccumulateState):
             accumulator, state = state.sketch, state.inner_opt_state

@@ -66,6 +66,7 @@ class Task(NamedTuple):
     updates: int
     learning_rates: tuple[float, ...]  # to choose from
     resample_every: int  # updates that share a projection of the momentum
+    at_once: int  # runs that fill a GPU: fewer than learning rates and seeds where they are large
     saved: Any = ()
     is_scheduled: bool = True  # whether the learning rate rises, and falls along a cosine
     # Of parameters, on the host: scores of the test data.
@@ -154,6 +155,7 @@ def _bytes(data: Sequence[str]) -> Task:
         updates=800,
         learning_rates=(5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
         resample_every=50,
+        at_once=15,
         is_scheduled=False,
         order=order,
         take=take,
@@ -181,11 +183,12 @@ def _pretraining(data: Sequence[str]) -> Task:
         **rows,
         losses=_losses(Llama, config, losses.target_losses),
         unit="token",
-        micro_batch=32,
+        micro_batch=16,
         accumulate=1,
-        updates=3000,
+        updates=2000,
         learning_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
         resample_every=100,
+        at_once=5,
     )
 
 
@@ -215,6 +218,7 @@ def _denoising(data: Sequence[str]) -> Task:
         updates=6000,
         learning_rates=(2e-3,),
         resample_every=100,
+        at_once=3,
         save=save,
     )
 
@@ -285,6 +289,7 @@ def _translation(data: Sequence[str], test: Sequence[str]) -> Task:
         updates=1000,
         learning_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
         resample_every=100,
+        at_once=15,
         score=score,
     )
 
@@ -314,9 +319,10 @@ def _summarization(data: Sequence[str], model: str) -> Task:
         unit="token",
         micro_batch=1,
         accumulate=16,
-        updates=248,
+        updates=124,
         learning_rates=(1e-4, 2e-4, 4e-4, 8e-4),
         resample_every=50,
+        at_once=4,
         score=score,
     )
 
@@ -348,9 +354,10 @@ def _t5(data: Sequence[str], model: str) -> Task:
         unit="token",
         micro_batch=1,
         accumulate=16,
-        updates=600,
+        updates=400,
         learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         resample_every=100,
+        at_once=15,
         score=score,
     )
 
@@ -397,9 +404,10 @@ def _vision(data: Sequence[str]) -> Task:
         unit="image",
         micro_batch=64,
         accumulate=1,
-        updates=4000,
+        updates=2000,
         learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         resample_every=100,
+        at_once=5,
         score=score,
     )
 
