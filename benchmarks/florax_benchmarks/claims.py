@@ -1,13 +1,14 @@
 """What FLORA's paper claims, and whether it holds in the results: one line of a table each."""
 
 import itertools
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from florax_benchmarks import paper, results
-from florax_benchmarks.tables import Row, table
+from florax_benchmarks.tables import Row, state_bytes, table
 
 NEAR = {"BLEU": 0.5, "rougeL": 0.3}  # of full size, that half of the width must come
 
@@ -18,6 +19,8 @@ def block(folder: Path) -> str:
         for task in own.tasks:
             lines += _quality(folder, name, task)
     lines += _kappas(folder)
+    for experiment, sweep in [(e, s) for e in ("2a", "2b", "5", "6") for s in paper.sweeps(e)]:
+        lines += _residual(folder, f"Table {experiment}, {sweep.task}", sweep)
     return table(["claim", "where", "holds", "figures"], lines, 4)
 
 
@@ -122,21 +125,70 @@ def _quality(folder: Path, name: str, task: str) -> Iterator[list[str]]:
         yield ["every rank of FLORA is above LoRA's", where, _verdict(above), told]
 
 
+def rows_of(folder: Path, sweep: paper.Sweep) -> dict[str, Row]:
+    """The newest row of each variant that was trained for a sweep."""
+    found = {}
+    for name in sweep.variants:
+        settings = {"task": sweep.task, "variant": name} | dict(sweep.changes)
+        if row := results.latest(folder, "quality", settings):
+            found[name] = row
+    return found
+
+
 def _kappas(folder: Path) -> Iterator[list[str]]:
-    rows: dict[tuple[str, int], Row] = {}
-    for sweep in paper.OTHERS["3"]:
-        for name in sweep.variants:
-            settings = {"task": sweep.task, "variant": name} | dict(sweep.changes)
-            if row := results.latest(folder, "quality", settings):
-                rows[name, row["settings"]["resample_every"]] = row
-    none = next((r for (name, _), r in rows.items() if name == "none"), None)
-    cosine = [r for (name, _), r in rows.items() if name.endswith("-float32")]
-    if none and cosine:
-        limit = max(none["losses"])
+    plain, *of_kappas = [rows_of(folder, sweep) for sweep in paper.OTHERS["3"]]
+    cosine = [r for own in of_kappas for name, r in own.items() if name.endswith("-float32")]
+    if "none" in plain and cosine:
+        none = plain["none"]["losses"]
         worst = max(statistics.mean(r["losses"]) for r in cosine)
-        told = f"at worst {worst:.3f}; none {statistics.mean(none['losses']):.3f}"
+        told = f"at worst {worst:.3f}; none {statistics.mean(none):.3f}"
         claim = "with cosine and residual no κ is worse than no momentum"
-        yield [claim, "Table 3", _verdict(worst <= limit), told]
+        yield [claim, "Table 3", _verdict(worst <= max(none)), told]
+
+
+def _residual(folder: Path, where: str, sweep: paper.Sweep) -> Iterator[list[str]]:
+    rows = rows_of(folder, sweep)
+    losses = {name: row["losses"] for name, row in rows.items()}
+    own = {name: losses[name] for name in losses if re.fullmatch(r"none\+\d+-int\d", name)}
+    if not own or not {"none", "none+float32"} <= losses.keys():
+        return
+    worst = max(own, key=lambda name: statistics.mean(own[name]))
+    best = min(own, key=lambda name: statistics.mean(own[name]))
+    none, full, high, low = (
+        statistics.mean(losses[name]) for name in ("none", "none+float32", worst, best)
+    )
+    spread = max(max(values) - min(values) for values in (losses["none"], losses[worst]))
+    claim = "with residual no rank is worse than no momentum"
+    told = f"{high:.3f} with {_rank(worst)}; none {none:.3f}, seeds within {spread:.3f}"
+    yield [claim, where, _verdict(high <= none + spread), told]
+    claim = "with residual the best rank is no worse than full size"
+    told = f"{low:.3f} with {_rank(best)}; full size {full:.3f}"
+    yield [claim, where, _verdict(low <= full), told]
+    yield from _edge(where, rows)
+
+
+def _rank(name: str) -> str:
+    rank, dtype = name.removeprefix("none+").split("-")
+    return f"r = {rank} in {dtype.removeprefix('int')} bits"
+
+
+def _edge(where: str, rows: dict[str, Row]) -> Iterator[list[str]]:
+    """Whether nothing that is not florax has a lower loss in no more bytes, below an eighth."""
+    share = {name: state_bytes(row) / row["parameter_bytes"] for name, row in rows.items()}
+    loss = {name: statistics.mean(row["losses"]) for name, row in rows.items()}
+    own = [name for name in rows if "-int" in name and share[name] < 1 / 8]
+    others = [name for name in rows if "-int" not in name]
+    beaten = [
+        (name, by)
+        for name in own
+        for by in others
+        if share[by] <= share[name] and loss[by] < loss[name]
+    ]
+    told = "; ".join(f"{by} is below {_rank(name)}" for name, by in beaten)
+    told = told or ", ".join(f"{share[name]:.3f}: {loss[name]:.3f}" for name in own)
+    if own:
+        claim = "florax has the least loss for its bytes, below 1/8 of the parameters'"
+        yield [claim, where, _verdict(not beaten), told]
 
 
 def _verdict(holds: bool) -> str:

@@ -226,11 +226,7 @@ def quality_table(experiment: str, folder: Path) -> str:
     """What was trained for an experiment, a table a task."""
     found: dict[str, list[Row]] = {}
     for own in paper.sweeps(experiment):
-        for name in own.variants:
-            settings = {"task": own.task, "variant": name} | dict(own.changes)
-            row = results.latest(folder, "quality", settings)
-            if row and row not in found.setdefault(own.task, []):
-                found[own.task].append(row)
+        found.setdefault(own.task, []).extend(claims.rows_of(folder, own).values())
     return "\n\n".join(tables.quality(rows) for rows in found.values() if rows) or "Not yet run."
 
 

@@ -83,6 +83,7 @@ def _rows(
 
 
 MANY = {"accumulate": 16}
+KEPT = {"resample_every": 100}  # κ where it is not what is compared
 NOTHING = (None, None)
 T5_ROWS = {"source": 512, "length": 128}
 GPT2_ROWS = {"length": 512}
@@ -278,7 +279,7 @@ def _frontier(width: int) -> tuple[str, ...]:
 
 OTHERS = {
     "3": [
-        Sweep("pretraining", ("none", "none+float32")),
+        Sweep("pretraining", ("none", "none+float32"), KEPT),
         *(
             Sweep(
                 "pretraining",
@@ -314,6 +315,7 @@ OTHERS = {
                 "apollo-mini/none",
                 "lora-64/none+float32",
             ),
+            KEPT,
         )
     ],
     "frontier": [

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # draws into files, needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from florax_benchmarks import links, paper, predicted, results, tables, variants
+from florax_benchmarks import claims, links, paper, predicted, results, tables, variants
 from florax_benchmarks.tables import Row, state_bytes
 
 FAMILIES = {  # of variants, by what their names have: how each is drawn
@@ -59,7 +59,9 @@ def frontier(rows: list[Row], path: Path, unit: str) -> None:
         share = state_bytes(r) / r["parameter_bytes"]
         spread = (max(losses) - min(losses)) / 2
         groups.setdefault(label, []).append((share, statistics.mean(losses), spread))
-    floor = min(share for own in groups.values() for share, *_ in own if share) / 2
+    shares = [share for own in groups.values() for share, *_ in own]
+    # A logarithm has no zero: what has no bytes stands left of all others.
+    floor = min(share for share in shares if share) / (1 if all(shares) else 2)
     for (name, dtype), own in sorted(groups.items()):
         color, marker = FAMILIES[name]
         share, loss, spread = np.array(sorted(own)).T
@@ -77,12 +79,13 @@ def frontier(rows: list[Row], path: Path, unit: str) -> None:
             capsize=2,
         )
     axes.set_xscale("log", base=2)
-    halvings = range(math.ceil(-math.log2(2 * floor)) + 1)
-    ticks = {floor: "0"} | {2.0**-i: f"1/{2**i}" if i else "1" for i in halvings}
+    halvings = range(math.floor(-math.log2(floor)) + all(shares))
+    ticks = {2.0**-i: f"1/{2**i}" if i else "1" for i in halvings}
+    ticks |= {} if all(shares) else {floor: "0"}
     axes.set_xticks([*ticks], [*ticks.values()])
     axes.set(
         xlabel="bytes of accumulator and optimizer state, of those of the parameters",
-        ylabel=f"held-out loss, nats a {unit}",
+        ylabel=f"held-out loss, nats {unit}",
     )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -113,7 +116,16 @@ def kappas(rows: list[Row], path: Path) -> None:
         points = sorted(
             (r["settings"]["resample_every"], statistics.mean(r["losses"])) for r in own
         )
-        axes.plot(*np.array(points).T, "o-", label=label)
+        (line,) = axes.plot(*np.array(points).T, "o-", label=label)
+        for kappa in (kappa for kappa, loss in points if not math.isfinite(loss)):
+            axes.annotate(
+                "↑ diverges",
+                (kappa, 0.97),
+                xycoords=axes.get_xaxis_transform(),
+                color=line.get_color(),
+                ha="left",
+                va="top",
+            )
     for name, label in (("none", "no momentum"), ("none+float32", "full size")):
         for r in (r for r in rows if r["settings"]["variant"] == name):
             color = "gray" if name == "none" else "black"
@@ -226,23 +238,17 @@ def draw(folder: Path, into: Path) -> None:
     own = [r for r in newest.values() if r["settings"]["task"] == "bytes"]
     own = [r for r in own if r["settings"]["accumulate"] == 16]
     if own:
-        frontier(own, into / "bytes.png", "byte")
+        frontier(own, into / "bytes.png", "a byte")
     sweeps = {f"table-{name}-{s.task}": s for name in paper.TABLES for s in paper.sweeps(name)}
     sweeps |= {f"frontier-{s.task}": s for s in paper.OTHERS["frontier"]}
-    sweeps |= {f"table-6-{s.task}": s for s in paper.OTHERS["6"]}
+    sweeps |= {f"table-{name}-{s.task}": s for name in "56" for s in paper.OTHERS[name]}
     for name, sweep in sweeps.items():
-        settings = {"task": sweep.task, **sweep.changes}
-        own = [r for r in newest.values() if settings.items() <= r["settings"].items()]
-        own = [r for r in own if r["settings"]["variant"] in sweep.variants]
-        if len({family(r["settings"]["variant"]) for r in own}) > 2:
-            frontier(own, into / f"{name}.png", "token")
-    own = [
-        r
-        for sweep in paper.OTHERS["3"]
-        for r in newest.values()
-        if r["settings"]["variant"] in sweep.variants
-        and {"task": sweep.task, **sweep.changes}.items() <= r["settings"].items()
-    ]
+        rows = claims.rows_of(folder, sweep)
+        # One with as few examples as updates would be far above all others.
+        own = [row for variant, row in rows.items() if not variant.endswith("none-updates")]
+        if 2 * len(rows) > len(sweep.variants):
+            frontier(own, into / f"{name}.png", "an image" if sweep.task == "vision" else "a token")
+    own = [r for sweep in paper.OTHERS["3"] for r in claims.rows_of(folder, sweep).values()]
     if any(r["settings"]["variant"].endswith("-paper") for r in own):
         kappas(own, into / "kappa.png")
     own = [

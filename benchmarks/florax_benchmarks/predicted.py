@@ -166,15 +166,16 @@ def beside(folder: Path, given: Links | None = None) -> str:
     """
     given = given or Links()
     wires = {_key(row["settings"]): row for row in results.read(folder, "wire")}
-    cells = []
+    cells: dict[tuple[str, str], list[str]] = {}
     for row in measured_rows(folder):
         own = row["settings"]
+        title = f"{own['model']}, {own['dtype']}, {own['division']} ×{own['devices']}"
         for method in own["methods"]:
             label, alone = tables.on(method, own["devices"]), tables.alone(method)
-            if label not in row["milliseconds"]:
+            # What full size takes stands beside all methods that are compared with it, shown once.
+            if label not in row["milliseconds"] or (title, method) in cells:
                 continue
             measured = row["milliseconds"][label]
-            title = f"{own['model']}, {own['dtype']}, {own['division']} ×{own['devices']}"
             sent = row["programs"][label]["sent_bytes"]
             figures = ["-" if sent is None else f"{sent / 1e9:.1f}", "-", f"{measured:.1f}"]
             wire = wires.get(_key(own | {"method": method}))
@@ -193,16 +194,18 @@ def beside(folder: Path, given: Links | None = None) -> str:
                 tables.ratio(row, label, tables.on("full", own["devices"])),
                 tables.efficiency(row, method),
             )
-            cells.append([title, method, *figures, *predicted, *map(tables.shown, ratios)])
+            cells[title, method] = [*figures, *predicted, *map(tables.shown, ratios)]
     header = ["", "method", "GB sent", "predicted", "ms", "predicted: overlapped", "apart"]
     header += ["÷ full", "efficiency"]
-    return tables.table(header, cells, 2) if cells else "Not yet run."
+    rows = [[*key, *figures] for key, figures in cells.items()]
+    return tables.table(header, rows, 2) if rows else "Not yet run."
 
 
 def measured_rows(folder: Path) -> list[Row]:
     """The newest of each case and number of devices, but those of which nothing could be."""
     newest = {str(row["settings"]): row for row in results.read(folder, "scaling")}
-    return [row for row in newest.values() if "error" not in row]
+    rows = [row for row in newest.values() if "error" not in row]
+    return sorted(rows, key=lambda r: [r["settings"][k] for k in ("model", "division", "devices")])
 
 
 def _key(settings: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """The tables of what was measured, in Markdown, a function a benchmark."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -206,25 +207,33 @@ def pilot(rows: list[Row]) -> str:
 
 def quality(rows: list[Row]) -> str:
     """The fewest bytes last; of the scores the means of the seeds."""
-    rows = sorted(rows, key=lambda r: -state_bytes(r))
+    rows = sorted(rows, key=lambda r: (-state_bytes(r), r["settings"]["resample_every"]))
     names = list(rows[0]["scores"])
+    kappas = {r["settings"]["resample_every"] for r in rows}
     cells = [
         [
             r["settings"]["variant"],
+            *([f"{r['settings']['resample_every']:,}"] if len(kappas) > 1 else []),
             f"{state_bytes(r) / r['parameter_bytes']:.4f}",
             mebibytes(r["accumulator_bytes"]),
             mebibytes(r["optimizer_bytes"]),
-            f"{statistics.mean(r['losses']):.3f}",
-            f"{max(r['losses']) - min(r['losses']):.3f}",
-            f"{r['learning_rate']:g}",
+            *_losses(r["losses"], r["learning_rate"]),
             *(f"{statistics.mean(r['scores'][name]):.1f}" for name in names),
             "-" if r["update_ms"] is None else f"{r['update_ms']:.1f}",
         ]
         for r in rows
     ]
-    header = ["variant", "share", "accumulator MiB", "other state MiB", "test loss", "spread"]
-    header.append("rate")
-    return table([*header, *names, "ms an update"], cells)
+    header = ["variant", *(["κ"] if len(kappas) > 1 else []), "share", "accumulator MiB"]
+    header += ["other state MiB", "test loss", "spread", "rate", *names, "ms an update"]
+    return table(header, cells)
+
+
+def _losses(losses: list[float], rate: float) -> tuple[str, str, str]:
+    """Their mean, how far they are apart, and at which learning rate."""
+    mean = statistics.mean(losses)
+    if not math.isfinite(mean):
+        return "diverges", "-", "-"
+    return f"{mean:.3f}", f"{max(losses) - min(losses):.3f}", f"{rate:g}"
 
 
 def state_bytes(row: Row) -> int:
