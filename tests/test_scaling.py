@@ -393,6 +393,9 @@ def test_what_does_not_fit_is_a_row_and_no_abort(monkeypatch):
     row = scaling.measure(case, 1, None)
     assert [*row["errors"]] == ["full ×8"]
     assert [*row["milliseconds"]] == ["both-int8 ×8"]
+    compiled = scaling.measure(case, None, None)
+    assert "milliseconds" not in compiled
+    assert {name: own["peak_bytes"] for name, own in compiled["programs"].items()} == peaks
 
 
 def test_operations_are_eight_for_each_weight_and_token():
