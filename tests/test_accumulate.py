@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -14,6 +15,11 @@ import reference
 from numpy.testing import assert_allclose, assert_array_equal
 
 import florax
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """These tests are about values, not about speed; those of bits name `optimized`."""
 
 
 def normal(seed, *shape, dtype=jnp.float32):
@@ -80,7 +86,7 @@ def test_states_and_updates_are_those_of_the_float64_reference(projection, side,
                 assert reference.relative_error(kept[t, i], sketch) < 1e-5
 
 
-@pytest.mark.parametrize("projection", ["gaussian", "cosine"])
+@pytest.mark.parametrize("projection", ["gaussian", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_a_bfloat16_accumulator_is_within_the_derived_error_of_the_reference(projection):
     rank, every, n, m = 4, 8, 20, 12
     tx = florax.flora_accumulate(
@@ -130,10 +136,23 @@ def large(updates, gradient_step, params):
     return optax.skip_large_updates(updates, gradient_step, params, max_squared_norm=50.0)
 
 
+# By day each base, each schedule and what is skipped.
+MULTISTEPS_BY_DAY = {
+    ("adafactor", "growing"),
+    ("adamw", "constant"),
+    ("sgd on a schedule", "growing"),
+}
+
+
 @pytest.mark.parametrize("skip", [pytest.param(None, marks=pytest.mark.slow), large])
-@pytest.mark.parametrize("every", SCHEDULES)
-@pytest.mark.parametrize("base", BASES)
-def test_dense_leaves_are_bit_equal_to_multisteps(base, every, skip):
+@pytest.mark.parametrize(
+    "base, every",
+    [
+        pytest.param(*case, marks=() if case in MULTISTEPS_BY_DAY else pytest.mark.slow)
+        for case in itertools.product(BASES, SCHEDULES)
+    ],
+)
+def test_dense_leaves_are_bit_equal_to_multisteps(base, every, skip, optimized):
     settings = dict(every_k_schedule=SCHEDULES[every], should_skip_update_fn=skip)
     ours = florax.flora_accumulate(BASES[base](), rank=20, **settings)
     theirs = optax.MultiSteps(BASES[base](), **settings)
@@ -164,7 +183,9 @@ def test_dense_leaves_are_bit_equal_to_multisteps(base, every, skip):
 @pytest.mark.parametrize(
     "accumulator_dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)]
 )
-def test_dense_leaves_are_bit_equal_in_every_dtype(use_grad_mean, dtype, accumulator_dtype):
+def test_dense_leaves_are_bit_equal_in_every_dtype(
+    use_grad_mean, dtype, accumulator_dtype, optimized
+):
     settings = dict(
         every_k_schedule=3, use_grad_mean=use_grad_mean, accumulator_dtype=accumulator_dtype
     )
@@ -238,7 +259,7 @@ def test_the_base_optimizers_computation_stands_in_a_branch_of_a_conditional():
     assert found == [True]
 
 
-@pytest.mark.parametrize("use_grad_mean", [True, False])
+@pytest.mark.parametrize("use_grad_mean", [True, pytest.param(False, marks=pytest.mark.slow)])
 # By day `test_laws` says the same of other optimizers.
 @pytest.mark.parametrize(
     "base", [pytest.param(b, marks=() if b == "adamw" else pytest.mark.slow) for b in BASES]
@@ -269,7 +290,7 @@ def test_accumulate_and_finish_in_one_jit_are_updates_called_every_k_times(base,
         chex.assert_trees_all_equal(s.gradient_step, jnp.int32(cycle + 1))
 
 
-def test_accumulate_leaves_out_what_the_skip_function_rejects():
+def test_accumulate_leaves_out_what_the_skip_function_rejects(optimized):
     tx = florax.flora_accumulate(
         optax.sgd(1.0), 4, rank=3, should_skip_update_fn=optax.skip_not_finite
     )

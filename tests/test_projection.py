@@ -14,6 +14,11 @@ from florax import _cipher, _projection
 PROJECTIONS = _projection.PROJECTIONS
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly(compile_quickly):
+    """These tests are about values, not about speed; those of bits name `optimized`."""
+
+
 def raw_key(seed):
     return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
@@ -45,7 +50,7 @@ def test_decompress_is_the_adjoint_of_compress(projection, rows, columns):
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_several_axes_are_one_matrix_of_their_products(projection):
+def test_several_axes_are_one_matrix_of_their_products(projection, optimized):
     a = _projection.draw(projection, raw_key(0), 4, (3, 5))
     flat = _projection.draw(projection, raw_key(0), 4, (15,))
     assert_array_equal(a.reshape(4, 15), flat)
@@ -114,7 +119,7 @@ def test_cosine_at_full_rank_is_the_identity():
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
 @pytest.mark.parametrize("projection", _projection.PROJECTIONS)
-def test_a_seed_draws_what_its_key_draws(projection, size):
+def test_a_seed_draws_what_its_key_draws(projection, size, optimized):
     key, rank = raw_key(3), min(size, 4)
     seed = _projection.seed(projection, key, rank, size)
     wanted, got = (_projection.draw(projection, own, rank, (size,)) for own in (key, seed))

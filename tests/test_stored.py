@@ -281,8 +281,15 @@ def test_every_entry_and_every_row_has_noise_of_its_own():
 # --- averages
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("rank", [None, 4], ids=["full size", "sketch"])
+@pytest.mark.parametrize(
+    "rank, bits",
+    [
+        pytest.param(None, 8, id="full size-8"),
+        pytest.param(4, 4, id="sketch-4"),
+        pytest.param(None, 4, id="full size-4", marks=pytest.mark.slow),
+        pytest.param(4, 8, id="sketch-8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_slow_average_of_a_constant_reaches_it(bits, rank):
     """Rounded to the nearest it would stay where it was: its increments are a thousandth."""
     grads = normal(8, *((5, 60) if rank is None else (75, 40)))
@@ -390,14 +397,6 @@ def test_16_bit_values_are_written_as_the_same_numbers_in_float32(bits, dtype):
 # --- the same bits wherever it is done
 
 
-@pytest.fixture
-def optimized():
-    """What is compiled in a test that names it is compiled as ever: products and sums are fused."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def assert_same_bits(a, b):
     assert_array_equal(a.words, b.words)
     assert_array_equal(a.scales, b.scales)
@@ -405,7 +404,7 @@ def assert_same_bits(a, b):
 
 
 @BY_DAY_8
-@pytest.mark.parametrize("shape", [(), (7, 129)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((), marks=pytest.mark.slow), (7, 129)], ids=str)
 def test_jit_changes_no_bits(bits, shape, optimized):
     value, like = normal(13, *shape), zeros(shape, bits)
     one_by_one = _stored.write(like, value, key(3))
