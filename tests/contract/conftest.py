@@ -80,15 +80,16 @@ SLOW = {
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-        for name in TRANSFORMATIONS
-    ],
-)
-def name(request):
-    return request.param
+def pytest_generate_tests(metafunc):
+    """`by_day` names those that a test is run on by day, if not on all that are not `SLOW`."""
+    if "name" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("by_day")
+        by_day = marker.args if marker else TRANSFORMATIONS.keys() - SLOW
+        params = [
+            pytest.param(name, marks=() if name in by_day else pytest.mark.slow)
+            for name in TRANSFORMATIONS
+        ]
+        metafunc.parametrize("name", params, scope="module")
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ def specs(request):
     return request.param
 
 
+@pytest.mark.by_day("accumulate_per_layer")
 def test_data_parallel_replicas_stay_equal(tx, run, params, gradients):
     """Each device has its own gradients; their mean updates a state that all devices share."""
 
@@ -97,6 +98,7 @@ def test_devices_can_accumulate_on_their_own_and_share_only_sketches(params, gra
     chex.assert_trees_all_close(state, expected_state, **CLOSE)
 
 
+@pytest.mark.by_day("accumulate_per_layer")
 @pytest.mark.parametrize(
     "axis_type",
     [pytest.param(AxisType.Auto, marks=pytest.mark.slow, id="auto"), AxisType.Explicit],
@@ -148,8 +150,8 @@ def test_on_explicit_meshes_an_update_does_not_change_how_a_state_is_divided(
 @pytest.mark.parametrize(
     ("axis_type", "side"),
     [
-        (AxisType.Auto, "smaller"),
         (AxisType.Explicit, "larger"),
+        pytest.param(AxisType.Auto, "smaller", marks=pytest.mark.slow),
         pytest.param(AxisType.Explicit, "both", marks=pytest.mark.slow),
         pytest.param(AxisType.Auto, "both", marks=pytest.mark.slow),
         pytest.param(AxisType.Auto, "larger", marks=pytest.mark.slow),

@@ -54,13 +54,21 @@ KINDS = {
     "accumulate, both": lambda: accumulate(side="both", **COSINE),
     "accumulate, both, int8": lambda: accumulate(side="both", accumulator_dtype=jnp.int8, **COSINE),
 }
-OFTEN = ("momentum", "accumulate, both")
-kinds = pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=[] if k in OFTEN else [pytest.mark.slow]) for k in KINDS],
-)
-axis_types = pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
+OFTEN = {("momentum", AxisType.Auto), ("accumulate, both", AxisType.Explicit)}
+
+
+kinds_and_axis_types = pytest.mark.parametrize(
+    ("kind", "axis_type"),
+    [
+        pytest.param(
+            kind,
+            axis_type,
+            id=f"{axis_type.name}-{kind}",
+            marks=() if (kind, axis_type) in OFTEN else pytest.mark.slow,
+        )
+        for kind in KINDS
+        for axis_type in (AxisType.Auto, AxisType.Explicit)
+    ],
 )
 divisions = pytest.mark.parametrize(
     "division",
@@ -98,9 +106,8 @@ def kept_sides(spec, side):
     return {"smaller": [columns], "larger": [rows], "both": [columns, rows]}[side]
 
 
-@kinds
+@kinds_and_axis_types
 @divisions
-@axis_types
 def test_no_update_brings_a_whole_gradient_together(kind, division, axis_type):
     mesh, params = place(axis_type, division)
     tx = KINDS[kind]()
@@ -113,9 +120,8 @@ def test_no_update_brings_a_whole_gradient_together(kind, division, axis_type):
     assert entries_on_the_wire(compiled) <= 3 * width * COLUMNS < 3 * ROWS * COLUMNS
 
 
-@kinds
+@kinds_and_axis_types
 @divisions
-@axis_types
 def test_a_state_is_divided_as_its_parameters_and_stays_so(kind, division, axis_type):
     mesh, params = place(axis_type, division)
     tx = KINDS[kind]()
@@ -136,7 +142,10 @@ def test_a_state_is_divided_as_its_parameters_and_stays_so(kind, division, axis_
         )
 
 
-@kinds
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if (k, AxisType.Auto) in OFTEN else pytest.mark.slow) for k in KINDS],
+)
 @divisions
 def test_on_automatic_meshes_a_compiled_init_divides_sketches_too(kind, division):
     _, params = place(AxisType.Auto, division)

@@ -69,7 +69,19 @@ CONVERGING = {
 }
 
 
-@pytest.mark.parametrize("tx", CONVERGING.values(), ids=CONVERGING.keys())
+# By day the cosine projections, with both optimizers inside, and the two algorithms together.
+CONVERGING_BY_DAY = {
+    *("momentum_cosine_residual_nesterov", "accumulate_sgd", "accumulate_adam_cosine", "flora"),
+}
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(tx, id=name, marks=() if name in CONVERGING_BY_DAY else pytest.mark.slow)
+        for name, tx in CONVERGING.items()
+    ],
+)
 def test_it_converges_to_the_minimum(tx):
     params = train(tx, optax_targets, START, STEPS)
     chex.assert_trees_all_close(params, MINIMUM, rtol=3e-2, atol=3e-2)  # Optax's own tolerance
