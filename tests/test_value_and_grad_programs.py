@@ -225,7 +225,7 @@ def settings(examples):
     )
 
 
-@settings(4)
+@settings(3)
 @hypothesis.given(programs(2, hows=PRODUCTS + OPAQUE))
 def test_of_random_programs(program):
     check(program)
