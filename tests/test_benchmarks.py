@@ -351,8 +351,9 @@ def test_a_sweep_is_its_runs_one_by_one(name):
         assert_allclose(task.losses(outcome.params, task.test)[0].mean(), outcome.test, rtol=1e-5)
 
 
-OFTEN = ("lora-2/float32+float32", "galore-2/float32", "apollo-2/float32")
+OFTEN = ("lora-2/float32+float32", "galore-2/float32")  # APOLLO is held to NumPy above
 SELDOM = (
+    "apollo-2/float32",
     "4-both-int8+4-int8",
     "4-paper", "int4", "bfloat16", "adamw/float32", "apollo-mini/none", "unfactored/3-both-float32",
 )  # fmt: skip

@@ -173,14 +173,13 @@ def with_savez(tx, state, directory):
     return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, PARAMS)), leaves)
 
 
+OF_BOTH = accumulate(dtype=jnp.int4, opt=optax.chain(optax.adam(0.1), momentum(2, jnp.int2)))
 SAVED = {
     "momentum": momentum(dtype=jnp.int8, nesterov=True),
     "momentum in 4 bits": momentum(dtype=jnp.int4),
     "accumulation": accumulate(dtype=jnp.int8, opt=optax.adam(0.1)),
     "both sides": accumulate(dtype=jnp.int8, side="both", projection="cosine"),
-    "accumulation in 4 bits": accumulate(
-        dtype=jnp.int4, opt=optax.chain(optax.adam(0.1), momentum(2, jnp.int2))
-    ),
+    "both": OF_BOTH,
 }
 
 
@@ -196,7 +195,8 @@ SAVED = {
 @pytest.mark.parametrize(
     "tx",
     [
-        pytest.param(tx, id=name, marks=() if "4 bits" in name else pytest.mark.slow)
+        # By day an accumulation in 4 bits around a momentum in 2.
+        pytest.param(tx, id=name, marks=() if tx is OF_BOTH else pytest.mark.slow)
         for name, tx in SAVED.items()
     ],
 )
@@ -358,14 +358,20 @@ WRAPPED = {
 }
 
 
+WRAPPED_BY_DAY = {(accumulate, "partition"), (momentum, "MultiSteps"), (accumulate, "per_layer")}
+
+
 @pytest.mark.parametrize(
     "make, wrap",
     [
         pytest.param(
-            make, wrap, id=f"{make.__name__}-{name}", marks=pytest.mark.slow if i % 2 == j else ()
+            make,
+            wrap,
+            id=f"{make.__name__}-{name}",
+            marks=() if (make, name) in WRAPPED_BY_DAY else pytest.mark.slow,
         )
-        for i, (name, wrap) in enumerate(WRAPPED.items())
-        for j, make in enumerate((momentum, accumulate))
+        for name, wrap in WRAPPED.items()
+        for make in (momentum, accumulate)
     ],
 )
 def test_a_wrapped_one_runs_without_compiling_again_in_the_dtypes_that_it_has(make, wrap):
@@ -400,7 +406,7 @@ def test_hyperparameters_are_injected_with_the_dtype_static(dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(state.inner_state, inner)
 
 
-@BOTH
+@pytest.mark.parametrize("make", [momentum, *by_night([accumulate])])
 def test_a_donated_state_is_given_up_and_gives_the_same(make):
     tx = make(3, jnp.int8)
     expected = tx.init(PARAMS)

@@ -479,10 +479,7 @@ WRAPPED = {
     "if finite": lambda tx: optax.apply_if_finite(tx, 3),
 }
 DTYPES = [None, jnp.bfloat16, jnp.int8, jnp.int4]
-BY_DAY = {
-    ("plain", None, jnp.float32),
-    ("masked", jnp.int8, jnp.float32),
-}
+BY_DAY = {("masked", jnp.int8, jnp.float32)}
 
 
 def gradients(seed, like=PARAMS):
@@ -642,6 +639,7 @@ def test_on_an_explicit_mesh_each_sketch_is_divided_along_its_own_side(specs):
         assert left.sharding.spec[:2] == (layers, short)
 
 
+@pytest.mark.slow  # by day with one sketch, in `contract/test_devices`
 def test_devices_may_accumulate_by_themselves_and_share_only_sketches():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     params = {"kernel": jnp.zeros((16, 24))}

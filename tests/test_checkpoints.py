@@ -52,9 +52,21 @@ TRANSFORMATIONS = {
 PARAMS = {"bias": jnp.arange(8.0), "layer": [{"kernel": jnp.sin(jnp.arange(96.0)).reshape(12, 8)}]}
 
 
-@pytest.fixture(scope="module", params=TRANSFORMATIONS.values(), ids=TRANSFORMATIONS.keys())
+# Momentum and accumulation, of one side and of both, in floats of 32 and 16 bits and in integers.
+BY_DAY = {
+    *("momentum", "momentum_int8", "accumulate_bfloat16_momentum", "accumulate_both_sides_int4"),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in BY_DAY else pytest.mark.slow)
+        for name in TRANSFORMATIONS
+    ],
+)
 def tx(request):
-    return request.param
+    return TRANSFORMATIONS[request.param]
 
 
 @functools.cache

@@ -39,8 +39,15 @@ X = jax.random.normal(jax.random.key(1), (2, 4, 12))
 # --- nothing moves where nothing came
 
 
-@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
-@pytest.mark.parametrize("layers", [False, True], ids=["leaves", "layers"])
+@pytest.mark.parametrize(
+    ("layers", "jit"),
+    [
+        pytest.param(False, jax.jit, id="leaves-jit"),
+        pytest.param(True, lambda f: f, id="layers-eager"),
+        pytest.param(False, lambda f: f, id="leaves-eager", marks=pytest.mark.slow),
+        pytest.param(True, jax.jit, id="layers-jit", marks=pytest.mark.slow),
+    ],
+)
 def test_finishing_what_nothing_was_added_to_moves_nothing(layers, jit):
     base = optax.adamw(0.1, weight_decay=0.1)
     tx = accumulate(florax.per_layer(base, STACKED) if layers else base)
@@ -95,7 +102,10 @@ def noted(opt, name, ordered=False):
 
 
 @pytest.mark.parametrize("ordered", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("layers", [False, True], ids=["leaves", "layers"])
+@pytest.mark.parametrize(
+    "layers",
+    [pytest.param(False, marks=pytest.mark.slow, id="leaves"), pytest.param(True, id="layers")],
+)
 def test_effects_of_the_base_optimizer_happen_once_an_update(layers, ordered):
     """As in `tx.update`: once for the whole tree, or once for every layer and once for the rest."""
     base = noted(optax.sgd(0.1), "update", ordered)

@@ -36,7 +36,7 @@ TRANSFORMATIONS = {
         for name, kind in ACCUMULATORS.items()
     },
 }
-BY_DAY = ("momentum, cosine", "momentum, int8", "accumulate, gaussian", "accumulate, both, int8")
+BY_DAY = ("momentum, int8", "accumulate, gaussian", "accumulate, both, int8")
 each = pytest.mark.parametrize(
     "tx",
     [
@@ -110,7 +110,13 @@ def test_behind_a_guard_it_is_as_if_it_had_not_happened(tx, bad):
     chex.assert_trees_all_equal(state.inner_state, clean_state.inner_state)
 
 
-@pytest.mark.parametrize("kind", ACCUMULATORS.values(), ids=ACCUMULATORS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=n, marks=() if f"accumulate, {n}" in BY_DAY else pytest.mark.slow)
+        for n, kind in ACCUMULATORS.items()
+    ],
+)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_skipped_micro_step_is_as_if_it_had_not_happened(kind, bad):
     grads = gradients()

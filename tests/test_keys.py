@@ -23,7 +23,9 @@ def keys_of(plan):
 
 
 @pytest.mark.parametrize("projection", ["gaussian", "cosine"])
-@pytest.mark.parametrize("limit", [0, 100, 250, float("inf")])
+@pytest.mark.parametrize(
+    "limit", [250, float("inf"), *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 100))]
+)
 def test_projections_do_not_depend_on_what_is_drawn_with_them(projection, limit):
     plan = leaves(projection)
     keys = keys_of(plan)

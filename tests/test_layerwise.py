@@ -90,12 +90,8 @@ def assert_states_are_close(state, expected):
 @pytest.mark.parametrize(
     "name",
     [
-        "adam",
-        "adafactor",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("flora", "lion", "sgd", "residual")
-        ),
+        pytest.param(name, marks=() if name == "flora" else pytest.mark.slow)
+        for name in TRANSFORMATIONS
     ],
 )
 def test_layer_by_layer_is_the_ordinary_step(name, params):
@@ -279,8 +275,14 @@ MODELS = {
 }
 
 
+MODELS_BY_DAY = {"jits in auto_axes", "explicit_axes in auto_axes"}  # which have the others' parts
+
+
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in MODELS_BY_DAY else pytest.mark.slow) for n in MODELS],
+)
 def test_inner_programs_keep_their_mesh(name, devices):
     def loss(params, x):
         y = MODELS[name](x @ params["embed"], params["encoder"])

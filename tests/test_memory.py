@@ -80,7 +80,13 @@ def test_more_leaves_need_no_more_memory(base, stacked):
     assert used[5].temp_size_in_bytes - used[2].temp_size_in_bytes <= thin
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["leaves", "layers"])
+LAYERS_BY_DAY = pytest.mark.parametrize(
+    "stacked",
+    [pytest.param(False, marks=pytest.mark.slow, id="leaves"), pytest.param(True, id="layers")],
+)
+
+
+@LAYERS_BY_DAY
 def test_a_whole_step_takes_less_than_the_gradients(stacked):
     """Parameters and state are aliased; beside them a decompressed gradient and a layer's weight,
 
@@ -95,7 +101,7 @@ def test_a_whole_step_takes_less_than_the_gradients(stacked):
         assert used.temp_size_in_bytes < 3 * LEAF
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["leaves", "layers"])
+@LAYERS_BY_DAY
 def test_accumulating_born_gradients_takes_a_gradient_less(stacked):
     """The gradient of a matrix, or of the whole stack that a dense scan collects.
 

@@ -362,7 +362,7 @@ def test_configs_of_both_versions_of_transformers_say_the_same():
 
 
 @needs_reference
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_outputs_are_those_of_transformers(stacked):
     expected = np.load(REFERENCE / "gpt2" / "reference.npz")
     model = checkpoints.load(REFERENCE / "gpt2", GPT2, stacked=stacked)

@@ -443,7 +443,7 @@ def continue_greedily(graphdef, params, prompt, mask, new_tokens, eos):
     ("name", "stacked"),
     [
         pytest.param("llama_gqa", False, marks=pytest.mark.slow),
-        ("llama_mha_tied", True),
+        pytest.param("llama_mha_tied", True, marks=pytest.mark.slow),
         ("llama_rope_scaled", True),
     ],
 )

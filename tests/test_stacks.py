@@ -222,11 +222,23 @@ def test_parameters_are_not_needed_where_the_transformation_does_not():
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
-        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-        lambda tx: optax.inject_hyperparams(lambda lr: optax.chain(tx, optax.scale(lr)))(lr=0.1),
+        pytest.param(
+            lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+            id="chain",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+            id="MultiSteps",
+            marks=pytest.mark.slow,  # as in `contract/test_wrappers`
+        ),
+        pytest.param(
+            lambda tx: optax.inject_hyperparams(lambda lr: optax.chain(tx, optax.scale(lr)))(
+                lr=0.1
+            ),
+            id="inject_hyperparams",
+        ),
     ],
-    ids=["chain", "MultiSteps", "inject_hyperparams"],
 )
 def test_it_works_in_the_wrappers_of_optax(wrap):
     updates, _ = run(wrap(florax.per_layer(momentum(), STACKED)))

@@ -148,7 +148,13 @@ def containers():
     }
 
 
-@pytest.mark.parametrize("to", ["deeper", "a list", "linen boxes", "nnx variables", "nnx values"])
+@pytest.mark.parametrize(
+    "to",
+    [
+        pytest.param("deeper", marks=pytest.mark.slow),
+        *("a list", "linen boxes", "nnx variables", "nnx values"),
+    ],
+)
 @pytest.mark.parametrize(
     "kind",
     [

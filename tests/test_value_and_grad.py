@@ -51,7 +51,12 @@ VARIED = [
 
 
 @pytest.mark.parametrize(
-    "side, projection", [("larger", "gaussian"), ("smaller", "cosine"), ("larger", "cosine")]
+    "side, projection",
+    [
+        ("larger", "gaussian"),
+        ("smaller", "cosine"),
+        pytest.param("larger", "cosine", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", some(["a_tied_weight", *VARIED], VARIED))
 def test_so_they_are_with_both_projections_on_both_sides(name, projection, side):
@@ -251,6 +256,7 @@ WRAPPED = {
 
 
 SLOW_WRAPPERS = {
+    *("accumulate", "momentum"),  # both are in the partition
     "chain in a chain",
     "with_extra_args_support",
     "chain that begins with momentum",
@@ -454,7 +460,11 @@ MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", some(["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"], {"a_tied_weight"})
+    "name",
+    some(
+        ["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"],
+        {"a_plain_function", "a_tied_weight"},
+    ),
 )
 def test_devices_may_each_have_their_share_of_the_batch(name, check_vma):
     """As with `jax.grad`: with `check_vma` gradients of what is replicated are summed."""
@@ -532,8 +542,8 @@ def in_other_ways(params, x, ids):
     [
         looked_up_across_devices,
         in_an_automatic_region,
-        in_a_jit_that_divides_its_result,
-        in_other_ways,
+        pytest.param(in_a_jit_that_divides_its_result, marks=pytest.mark.slow),
+        pytest.param(in_other_ways, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("side", ["smaller", pytest.param("larger", marks=pytest.mark.slow)])
