@@ -74,7 +74,7 @@ def program(s: Settings, name: str) -> tuple[Callable[..., Any], tuple[Any, ...]
         tx = optax.ema(0.9, debias=False)
     elif name in ("momentum", "cosine"):
         projection = "cosine" if name == "cosine" else "gaussian"
-        tx = florax.flora_momentum(s.rank, projection=projection)
+        tx = florax.flora_momentum(s.rank, projection=projection, residual=False)
     else:
         tx = opt
 

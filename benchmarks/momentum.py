@@ -41,9 +41,9 @@ def measure(s: Settings) -> dict[str, Any]:
 
     stacked = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
     kinds = {
-        "gaussian": {},
-        "cosine": {"projection": "cosine"},
-        "cosine, residual": {"projection": "cosine", "residual": True},
+        "gaussian": {"projection": "gaussian"},
+        "cosine": {"residual": False},
+        "cosine, residual": {},
     }
     transformations = {"optax.ema": optax.ema(0.9, debias=False)} | {
         name: florax.flora_momentum(s.rank, dimension_numbers=lambda *_: stacked, **kind)

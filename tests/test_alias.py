@@ -20,13 +20,14 @@ def program(tx, dtype=jnp.float32):
     return str(init), str(update)
 
 
+GAUSSIAN = dict(projection="gaussian")
 MOMENTUM_ARGUMENTS = [
     {},
     dict(decay=0.5),
     dict(resample_every=7),
     dict(key=3),
-    dict(projection="cosine"),
-    dict(projection="cosine", residual=True),
+    GAUSSIAN,
+    dict(residual=False),
     dict(side="larger"),
     dict(nesterov=True),
     dict(dimension_numbers=lambda path, leaf: None),
@@ -42,8 +43,17 @@ def test_flora_is_adafactor_and_then_flora_momentum(arguments):
 
 @pytest.mark.parametrize("arguments", MOMENTUM_ARGUMENTS[1:-2], ids=",".join)
 def test_every_argument_of_flora_matters(arguments):
-    base = dict(projection="cosine") if "residual" in arguments else {}
-    assert program(florax.flora(0.1, 3, **arguments)) != program(florax.flora(0.1, 3, **base))
+    assert program(florax.flora(0.1, 3, **arguments)) != program(florax.flora(0.1, 3))
+
+
+@pytest.mark.parametrize(
+    "arguments, same",
+    [({}, dict(projection="cosine", residual=True)), (GAUSSIAN, dict(residual=False, **GAUSSIAN))],
+    ids=["cosine", "gaussian"],
+)
+def test_the_residual_is_there_where_the_projection_allows_it(arguments, same):
+    ours, theirs = (florax.flora_momentum(3, **own) for own in (arguments, same))
+    assert program(ours) == program(theirs)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ ACCUMULATE = dict(rank=3, every_k_schedule=3)
 TRANSFORMATIONS = {
     "momentum": florax.flora_momentum(**MOMENTUM),
     "momentum_bfloat16": florax.flora_momentum(
-        **MOMENTUM, projection="cosine", accumulator_dtype=jnp.bfloat16
+        **MOMENTUM, projection="gaussian", accumulator_dtype=jnp.bfloat16
     ),
     "accumulate": florax.flora_accumulate(
         optax.adam(0.1), **ACCUMULATE, should_skip_update_fn=optax.skip_not_finite
@@ -38,9 +38,7 @@ TRANSFORMATIONS = {
         accumulator_dtype=jnp.bfloat16,
     ),
     "flora": florax.flora(0.1, **MOMENTUM),
-    "momentum_int8": florax.flora_momentum(
-        **MOMENTUM, projection="cosine", residual=True, accumulator_dtype=jnp.int8
-    ),
+    "momentum_int8": florax.flora_momentum(**MOMENTUM, accumulator_dtype=jnp.int8),
     "accumulate_both_sides_int4": florax.flora_accumulate(
         optax.adam(0.1),
         **ACCUMULATE,

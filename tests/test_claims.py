@@ -1,13 +1,14 @@
 """What the pages conclude from the results: verdicts that turn with the figures, and pictures."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tyro")
 
-from florax_benchmarks import claims, paper, plots, tables
+from florax_benchmarks import claims, pages, paper, plots, tables
 
 
 def write(folder, sweep, losses, share=None):
@@ -32,6 +33,16 @@ def verdicts(folder):
     """By claim, of the table of claims."""
     lines = [line.split("|")[1:-1] for line in claims.block(folder).splitlines()[2:]]
     return {claim.strip(): holds.strip() for claim, _, holds, _ in lines}
+
+
+def test_a_block_ends_at_its_own_end():
+    """Also one that has nothing in it yet."""
+    text = "<!-- results: {} -->\n<!-- end -->\n\nbetween\n\n"
+    text = text.format("scaling-assumptions") + text.format("scaling-assumptions")
+    filled = pages.fill(text, Path())
+    assert filled.count("between") == 2
+    assert filled.count("Assumed") == 2
+    assert pages.fill(filled, Path()) == filled
 
 
 (VISION,) = paper.sweeps("5")

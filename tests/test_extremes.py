@@ -15,10 +15,10 @@ RANK = 6
 COSINE = {"projection": "cosine"}
 EIGHT = {"accumulator_dtype": jnp.int8}
 MOMENTA = {
-    "gaussian": {},
-    "cosine": {"residual": True, **COSINE},
-    "int8": {"residual": True, **COSINE, **EIGHT},
-    "int4": {"accumulator_dtype": jnp.int4},
+    "gaussian": {"projection": "gaussian"},
+    "cosine": {},
+    "int8": EIGHT,
+    "int4": {"projection": "gaussian", "accumulator_dtype": jnp.int4},
 }
 ACCUMULATORS = {
     "gaussian": {},

@@ -70,7 +70,7 @@ LEAF_WISE = {
     "schedule": optax.sgd(optax.linear_schedule(0.1, 0.0, 5)),
     "decay": optax.chain(optax.trace(0.9), optax.add_decayed_weights(0.1), optax.scale(-0.1)),
     "flora": optax.chain(optax.adafactor(0.1), momentum()),
-    "residual": optax.chain(optax.sgd(0.1), momentum(projection="cosine", residual=True)),
+    "gaussian": optax.chain(optax.sgd(0.1), momentum(projection="gaussian")),
     "16 bits": optax.chain(optax.sgd(0.1), momentum(accumulator_dtype=jnp.bfloat16)),
     "plateau": optax.chain(
         optax.adam(0.1, eps=0.1), optax.contrib.reduce_on_plateau(patience=0, factor=0.5)

@@ -71,7 +71,7 @@ TRANSFORMATIONS = {
     "lion": optax.lion(1e-2),
     "sgd": optax.sgd(1e-2, momentum=0.9, nesterov=True),
     "flora": florax.flora(1e-2, rank=4, resample_every=2),
-    "residual": florax.flora(1e-2, rank=4, projection="cosine", residual=True),
+    "gaussian": florax.flora(1e-2, rank=4, projection="gaussian"),
 }
 
 

@@ -13,12 +13,13 @@ import florax
 STEPS, BLOCK = 100_000, 1000  # a block is long against a cycle and a decay: blocks are independent
 ROWS, COLUMNS, RANK, KAPPA, DECAY = 6, 8, 4, 20, 0.9  # the paper's bound is κ > 5.6
 COSINE = {"projection": "cosine"}
+GAUSSIAN = {"projection": "gaussian"}
 KINDS = {
-    "gaussian": {},
-    "cosine with residual": {"residual": True, **COSINE},
-    "int8": {"residual": True, "accumulator_dtype": jnp.int8, **COSINE},
-    "int4": {"residual": True, "accumulator_dtype": jnp.int4, **COSINE},
-    "bfloat16": {"accumulator_dtype": jnp.bfloat16},
+    "gaussian": GAUSSIAN,
+    "cosine with residual": {},
+    "int8": {"accumulator_dtype": jnp.int8},
+    "int4": {"accumulator_dtype": jnp.int4},
+    "bfloat16": {"accumulator_dtype": jnp.bfloat16, **GAUSSIAN},
 }
 KEPT = RANK / ROWS  # of a matrix, by a cosine projection of its smaller side
 
@@ -81,7 +82,7 @@ def test_a_momentum_does_not_drift_from_a_dense_one(kind):
     expected, _ = block_means(optax.ema(DECAY, debias=False))
     if kind == "bfloat16":  # in which Optax's own averages stall: those of leaves kept dense
         del expected["bias"]
-    agree(means, expected, cosine_share() if "residual" in KINDS[kind] else 1.0)
+    agree(means, expected, 1.0 if "projection" in KINDS[kind] else cosine_share())
     assert int(state.count) == STEPS
     assert int(state.sketch.cycle) == STEPS // KAPPA
 
@@ -108,7 +109,7 @@ def test_an_accumulation_does_not_drift_from_a_dense_one(kind, share):
 
 
 def test_keys_of_cycles_do_not_repeat():
-    tx = florax.flora_momentum(RANK, key=3)
+    tx = florax.flora_momentum(RANK, key=3, projection="gaussian")
     state = tx.init({"kernel": jnp.ones((ROWS, COLUMNS))})
 
     def first_entries(cycle):

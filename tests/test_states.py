@@ -195,7 +195,7 @@ def test_flax_serialization_restores_a_state():
 @pytest.mark.parametrize(
     "made, now",
     [
-        (momentum(), momentum(projection="cosine")),
+        (momentum(), momentum(projection="gaussian")),
         (momentum(), momentum(side="larger")),
         (momentum(), momentum(rank=4)),
         (accumulate(), accumulate(use_grad_mean=False)),
@@ -226,7 +226,7 @@ def test_a_state_of_other_settings_is_refused(made, now):
 @pytest.mark.parametrize(
     "made, now",
     [
-        (momentum(), momentum(projection="cosine")),
+        (momentum(), momentum(projection="gaussian")),
         (accumulate(every_k_schedule=1), accumulate(every_k_schedule=1, use_grad_mean=False)),
     ],
     ids=["projection", "mean"],
@@ -283,7 +283,7 @@ def test_a_sketch_of_another_cycle_or_key_is_refused(other):
 
 
 def test_a_stale_sketch_of_a_momentum_is_refused():
-    tx = momentum(resample_every=1)
+    tx = momentum(resample_every=1, residual=False)
     state = tx.init(SMALL)
     grads = born(tx, state)
     _, state = tx.update(grads, state, SMALL)

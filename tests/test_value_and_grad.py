@@ -124,6 +124,10 @@ def accumulate(rank=losses.RANK, **arguments):
     return florax.flora_accumulate(optax.sgd(0.1), 2, rank, **arguments)
 
 
+def momentum(**arguments):
+    return florax.flora_momentum(losses.RANK, **arguments)
+
+
 def born(loss, tx, params, *batch, **arguments):
     """The loss and its gradients at the start of training."""
     value_and_grad = florax.value_and_grad(loss, tx, **arguments)
@@ -238,18 +242,18 @@ def test_with_aux_the_loss_returns_a_pair():
 
 WRAPPED = {
     "accumulate": accumulate,
-    "momentum": lambda: florax.flora_momentum(losses.RANK),
+    "momentum": lambda: momentum(residual=False),
     "chain that begins with momentum": lambda: optax.chain(
-        florax.flora_momentum(losses.RANK), optax.sgd(0.1)
+        momentum(projection="gaussian"), optax.sgd(0.1)
     ),
     "chain in a chain": lambda: optax.chain(optax.chain(accumulate())),
     "named_chain": lambda: optax.named_chain(("flora", accumulate()), ("more", optax.scale(2.0))),
     "masked": lambda: optax.masked(accumulate(), {"up": True, "down": True}),
     "inject_hyperparams": lambda: optax.inject_hyperparams(
-        lambda decay: florax.flora_momentum(losses.RANK, decay)
+        lambda decay: momentum(decay=decay, residual=False)
     )(decay=0.9),
     "partition": lambda: optax.partition(
-        {"a": accumulate(), "b": florax.flora_momentum(losses.RANK)}, {"up": "a", "down": "b"}
+        {"a": accumulate(), "b": momentum(residual=False)}, {"up": "a", "down": "b"}
     ),
     "with_extra_args_support": lambda: optax.with_extra_args_support(accumulate()),
 }
@@ -405,9 +409,18 @@ def test_the_sketch_of_another_transformation_is_refused(call, other):
 
 
 def test_residual_momentum_needs_full_gradients():
-    tx = florax.flora_momentum(losses.RANK, projection="cosine", residual=True)
-    with pytest.raises(ValueError, match=r"residual=True needs the full gradient of \['down'\]"):
-        tx.update(sketches(tx), tx.init(PARAMS), PARAMS)
+    tx = momentum()
+    with pytest.raises(ValueError, match=r"residual needs the full gradient of \['down'\].*False"):
+        tx.update(sketches(momentum(residual=False)), tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"no FLORA transformation .*residual=False"):
+        born(two_products, tx, PARAMS, X)
+
+
+def test_beside_a_residual_momentum_only_the_others_gradients_are_born_compressed():
+    """Of one transformation that gives each leaf to another."""
+    tx = optax.partition({"a": accumulate(), "b": momentum()}, {"up": "a", "down": "b"})
+    _, grads = born(two_products, tx, PARAMS, X)
+    assert shapes(grads) == {**SKETCHES, "down": (13, 11)}
 
 
 # --- around

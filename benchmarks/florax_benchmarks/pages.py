@@ -16,13 +16,13 @@ from florax_benchmarks import claims, paper, predicted, results, summary, tables
 from florax_benchmarks.summary import LLAMA, XL32, Figures, beyond, peak
 from florax_benchmarks.tables import Row, table
 
-BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n)(?:.*?\n)??(<!-- end -->)", re.DOTALL)
 PAGES = ("README.md", "benchmarks/README.md")
 
 
 def fill(text: str, folder: Path) -> str:
     """The text with its blocks as the results in `folder` have them."""
-    return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]](folder) + found[3], text)
+    return BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]](folder)}\n{found[3]}", text)
 
 
 def gib(mib: float | None) -> str:

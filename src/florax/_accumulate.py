@@ -66,7 +66,7 @@ def flora_accumulate(
     use_grad_mean: bool = True,
     should_skip_update_fn: ShouldSkip | None = None,
     key: Any = 0,
-    projection: _projection.Projection = _projection.DEFAULT_PROJECTION,
+    projection: _projection.Projection = "gaussian",
     side: _leaves.Side = "smaller",
     dimension_numbers: _dimensions.DimensionNumbers | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,

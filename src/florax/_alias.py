@@ -18,19 +18,20 @@ def flora(
     weight_decay_rate: float | jax.Array | None = None,
     weight_decay_mask: Any = None,
     key: Any = 0,
-    projection: _projection.Projection = _projection.DEFAULT_PROJECTION,
+    projection: _projection.Projection = "cosine",
     side: _leaves.Side = "smaller",
-    residual: bool = False,
+    residual: bool | None = None,
     nesterov: bool = False,
     dimension_numbers: _dimensions.DimensionNumbers | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adafactor with its momentum kept as sketches: the paper's optimizer, ready made.
+    """Adafactor with its momentum kept as sketches, ready made.
 
     `optax.chain(optax.adafactor(learning_rate), florax.flora_momentum(rank, ...))`, and weight
-    decay after it. On leaves kept dense it is `optax.adafactor(learning_rate, momentum=decay)`, bit
-    for bit in float32; in 16 bits, where Optax averages in float32, pass `accumulator_dtype`. For
-    other settings of Adafactor, or another base optimizer, write the chain.
+    decay after it. With `projection="gaussian"` it is the paper's optimizer. On leaves kept dense
+    it is `optax.adafactor(learning_rate, momentum=decay)`, bit for bit in float32; in 16 bits,
+    where Optax averages in float32, pass `accumulator_dtype`. For other settings of Adafactor, or
+    another base optimizer, write the chain.
 
     Args:
       learning_rate: a scalar or a schedule.
@@ -41,9 +42,10 @@ def flora(
       weight_decay_rate: as in `optax.adafactor`, *not* multiplied by the learning rate.
       weight_decay_mask: a tree of bools, or a function of the parameters that gives one.
       key: source of all projections.
-      projection: `"gaussian"` or `"cosine"`.
+      projection: `"cosine"` or `"gaussian"`.
       side: side of a matrix that is projected.
-      residual: pass what lies outside the subspace through without momentum.
+      residual: pass what lies outside the subspace through without momentum; None: unless the
+        projection is Gaussian.
       nesterov: look one step ahead.
       dimension_numbers: how leaves are seen as matrices.
       accumulator_dtype: dtype of the momentum.

@@ -36,7 +36,7 @@ class Leaf:
     rows: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()  # the axes of the projected side
     batch: tuple[int, ...] = ()
-    projection: _projection.Projection = _projection.DEFAULT_PROJECTION
+    projection: _projection.Projection = "gaussian"
     # Where both sides are projected: the sketch of the rows beside that of the columns, as a leaf.
     across: "Leaf | None" = None
     is_across: bool = False

@@ -35,9 +35,9 @@ def flora_momentum(
     resample_every: jax.typing.ArrayLike = 1000,
     *,
     key: Any = 0,
-    projection: _projection.Projection = _projection.DEFAULT_PROJECTION,
+    projection: _projection.Projection = "cosine",
     side: _leaves.Side = "smaller",
-    residual: bool = False,
+    residual: bool | None = None,
     nesterov: bool = False,
     dimension_numbers: _dimensions.DimensionNumbers | None = None,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
@@ -47,10 +47,13 @@ def flora_momentum(
     For a matrix of updates G and its current projection A, with β = `decay`:
 
     .. math::
-        M \leftarrow \beta M + (1 - \beta) G A^\top, \qquad \text{emit } M A,
+        M \leftarrow \beta M + (1 - \beta) G A^\top, \qquad
+        \text{emit } M A + (G - G A^\top A),
 
-    and every κ = `resample_every` updates a new A' is drawn and M ← M A A'ᵀ. Leaves that are kept
-    dense get exactly `optax.ema(decay, debias=False)`.
+    momentum inside the subspace of A and the plain update outside, and every κ = `resample_every`
+    updates a new A' is drawn and M ← M A A'ᵀ. Leaves that are kept dense get exactly
+    `optax.ema(decay, debias=False)`. The paper's own, Gaussian and without the residual G − G Aᵀ A,
+    is `projection="gaussian"`.
 
     Chain it *after* an adaptive optimizer, where `optax.adafactor(momentum=...)` has its average
     too: `optax.chain(optax.adafactor(1e-3), florax.flora_momentum(128))`. In front of it the
@@ -69,15 +72,16 @@ def flora_momentum(
       decay: β in [0, 1).
       resample_every: κ, in updates, at least 1.
       key: an int or a JAX PRNG key: the source of all projections.
-      projection: `"gaussian"`, the paper's, with entries N(0, 1/r); or `"cosine"`, orthonormal rows
-        of a randomly signed cosine transform: M A is then the orthogonal projection of the average
-        onto the subspace, with the least error that a sketch can have and no factor m/r to make up
-        for what lies outside. Adam and Adafactor do not see that factor; chained *after* them it
-        acts as a smaller learning rate, unless `residual` fills in the rest.
+      projection: `"cosine"`, orthonormal rows of a randomly signed cosine transform: M A is the
+        orthogonal projection of the average onto the subspace, with the least error that a sketch
+        can have; or `"gaussian"`, the paper's, with entries N(0, 1/r): M A is the average, on
+        average.
       side: project the `"smaller"` side of a matrix (sketch of max(n, m)·r, as in the published
         code) or the `"larger"` one (min(n, m)·r: fewer bytes at equal rank, and more noise).
-      residual: emit M A + G − G Aᵀ A, momentum inside the subspace and the plain update outside.
-        Costs no state; needs `"cosine"`.
+      residual: emit G − G Aᵀ A too. It costs no state, but needs `"cosine"` and the full-size
+        update. None: True with `"cosine"`, False with `"gaussian"`. Without it, M A of `"cosine"`
+        has no factor m/r to make up for what lies outside of the subspace: after an optimizer it
+        acts as a smaller learning rate.
       nesterov: emit β M + (1 − β) G Aᵀ, decompressed, instead of M.
       dimension_numbers: a tree (possibly a prefix) or a function `(path, leaf)` that gives
         `FloraDimensionNumbers`. None: a leaf of two axes is a matrix; others are kept dense.
@@ -114,18 +118,19 @@ def flora_momentum(
     """
     if side == "both":
         raise ValueError(
-            "side='both' is for accumulation, got it for flora_momentum. Pass projection='cosine', "
-            "residual=True, which lost less in training than a pair of sketches of as many bytes."
+            "side='both' is for accumulation, got it for flora_momentum. Pass side='smaller': its "
+            "residual lost less in training than a pair of sketches of as many bytes."
         )
     _checks.decay_rate("decay", decay)
     _checks.positive_int("resample_every", resample_every)
     _stored.check_dtype(accumulator_dtype)
     plan = _leaves.Plan(rank, side, projection, dimension_numbers)
     settings = ("flora_momentum", *plan.said)
+    residual = projection == "cosine" if residual is None else residual
     if residual and projection == "gaussian":
         raise ValueError(
             "residual=True needs orthonormal projections, got projection='gaussian': G − G AᵀA is "
-            "then not the part outside the subspace. Pass projection='cosine'."
+            "then not the part outside the subspace. Leave out either."
         )
 
     def init_fn(params: optax.Params) -> FloraMomentumState:
@@ -150,7 +155,7 @@ def flora_momentum(
         **extra_args: Any,
     ) -> tuple[optax.Updates, FloraMomentumState]:
         del extra_args
-        if isinstance(florax, _calls.Look):
+        if isinstance(florax, _calls.Look) and not residual:
             return florax.note(updates, state.sketch), state
         sketches, _ = state.sketch.checked(settings)
         grads, treedef = sketches.match(updates)
@@ -174,8 +179,8 @@ def flora_momentum(
             born = isinstance(grad, _sketches.Sketch)
             if born and residual:
                 raise ValueError(
-                    f"residual=True needs the full gradient of {leaf.path}, got its sketch. Use "
-                    "jax.value_and_grad, or residual=False."
+                    f"A residual needs the full gradient of {leaf.path}, got its sketch. Use "
+                    "jax.value_and_grad, or flora_momentum(..., residual=False)."
                 )
             sketch = next(admitted)[0] if born else leaf.compress(grad, a)
             average = _meshes.divide_as(average, sketch).astype(sketch.dtype)

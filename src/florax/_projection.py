@@ -18,8 +18,6 @@ from florax import _cipher
 Projection = Literal["gaussian", "cosine"]
 
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
-# The one place that says which projection is used when none is named: the paper's.
-DEFAULT_PROJECTION: Projection = "gaussian"
 # Up to here the angles of the cosine projection are exact in 32-bit integers, see `_cosine`.
 MAX_COSINE_COLUMNS = 2**20
 

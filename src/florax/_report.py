@@ -230,7 +230,7 @@ def gradient_report(
 
     Args:
       loss_fn: the loss.
-      tx: the optimizer: a `flora_accumulate`, or one that begins with it or with `flora_momentum`.
+      tx: the optimizer: as for `value_and_grad`.
       *args: arguments of the loss, or their shapes (`jax.ShapeDtypeStruct`).
       argnums: as for `value_and_grad`.
       has_aux: as for `value_and_grad`.

@@ -161,8 +161,8 @@ def check_first(seen: Sequence[_calls.Seen], all_of_them: bool = False) -> None:
     if not any(first) or (all_of_them and not all(first)):
         raise ValueError(
             "tx has no FLORA transformation that sees the gradients before anything else does. "
-            "Pass a flora_accumulate, or a flora_momentum that stands first; what must see full "
-            "gradients needs jax.value_and_grad."
+            "Pass a flora_accumulate, or a flora_momentum(..., residual=False) that stands first; "
+            "what must see full gradients needs jax.value_and_grad."
         )
 
 
@@ -287,8 +287,8 @@ def value_and_grad(
 
     Args:
       loss_fn: a function whose result is a real scalar, or a pair of it and anything else.
-      tx: the optimizer that the gradients are for: a `flora_accumulate`, a `flora_momentum` that
-        stands first, or what begins with one (chains, masks, partitions of them).
+      tx: the optimizer that the gradients are for: a `flora_accumulate`, a `flora_momentum` without
+        its residual that stands first, or what begins with one (chains, masks, partitions of them).
       argnums: which positional arguments to differentiate by: what `tx.init` was given; with
         several, the tuple of them.
       has_aux: whether `loss_fn` returns a pair `(loss, aux)`.

@@ -39,8 +39,8 @@ ACCUMULATE = dict(**RANK, every_k_schedule=2)
 
 TRANSFORMATIONS = {
     "momentum": florax.flora_momentum(**MOMENTUM),
-    "momentum_cosine_residual_nesterov": florax.flora_momentum(
-        **MOMENTUM, projection="cosine", residual=True, nesterov=True
+    "momentum_gaussian_nesterov": florax.flora_momentum(
+        **MOMENTUM, projection="gaussian", nesterov=True
     ),
     "accumulate_adafactor": florax.flora_accumulate(optax.adafactor(0.1), **ACCUMULATE),
     "accumulate_adam_cosine": florax.flora_accumulate(ADAM, **ACCUMULATE, projection="cosine"),
@@ -76,7 +76,7 @@ def quickly(compile_quickly):
 SLOW = {
     *("accumulate_adafactor", "accumulate_sgd_sum", "accumulate_both_sides", "masked", "momentum"),
     *("per_layer_accumulate", "per_layer_adam", "flora", "accumulate_adam_cosine"),
-    *("accumulate_adafactor_momentum", "momentum_cosine_residual_nesterov"),
+    *("accumulate_adafactor_momentum", "momentum_gaussian_nesterov"),
 }
 
 

@@ -47,12 +47,13 @@ def decaying(learning_rate, updates=STEPS):
 
 
 MOMENTUM = dict(rank=3, resample_every=10)
-RESIDUAL = dict(projection="cosine", residual=True, nesterov=True)
 ACCUMULATE = dict(rank=3, every_k_schedule=2)
 CONVERGING = {
-    "momentum": optax.chain(optax.sgd(1e-3), florax.flora_momentum(**MOMENTUM)),
-    "momentum_cosine_residual_nesterov": optax.chain(
-        optax.sgd(1e-3), florax.flora_momentum(**MOMENTUM, **RESIDUAL)
+    "momentum_gaussian": optax.chain(
+        optax.sgd(1e-3), florax.flora_momentum(**MOMENTUM, projection="gaussian")
+    ),
+    "momentum_nesterov": optax.chain(
+        optax.sgd(1e-3), florax.flora_momentum(**MOMENTUM, nesterov=True)
     ),
     "accumulate_sgd": florax.flora_accumulate(optax.sgd(1.5e-3), **ACCUMULATE),
     "accumulate_adam_cosine": florax.flora_accumulate(
@@ -71,7 +72,7 @@ CONVERGING = {
 
 # By day the cosine projections, with both optimizers inside, and the two algorithms together.
 CONVERGING_BY_DAY = {
-    *("momentum_cosine_residual_nesterov", "accumulate_sgd", "accumulate_adam_cosine", "flora"),
+    *("momentum_nesterov", "accumulate_sgd", "accumulate_adam_cosine", "flora"),
 }
 
 

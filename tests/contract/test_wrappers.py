@@ -93,9 +93,9 @@ SCHEDULE = optax.linear_schedule(0.9, 0.5, 4)
 ACCUMULATE = dict(opt=optax.adam(0.1), every_k_schedule=2, rank=3)
 FACTORIES = {
     "flora_momentum": (florax.flora_momentum, dict(rank=3, decay=0.8, resample_every=2)),
-    "flora_momentum_cosine_residual": (
+    "flora_momentum_gaussian": (
         florax.flora_momentum,
-        dict(rank=3, resample_every=2, projection="cosine", residual=True, nesterov=True),
+        dict(rank=3, resample_every=2, projection="gaussian", nesterov=True),
     ),
     "flora_accumulate": (florax.flora_accumulate, ACCUMULATE),
     "flora": (florax.flora, dict(learning_rate=0.1, rank=3, resample_every=2)),
