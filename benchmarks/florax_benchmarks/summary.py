@@ -60,7 +60,7 @@ def table(folder: Path) -> str:
     compiled = memory(XL32, lambda r: r["compile_seconds"])
     ema, flora_momentum = (
         figure("momentum", MOMENTUM, lambda r, name=name: r["milliseconds"][name])
-        for name in ("optax.ema", "gaussian")
+        for name in ("optax.ema", "cosine, residual")
     )
     finish = figures.times("finish", XL32, "milliseconds")
     reduced = figure("allreduce", {}, lambda r: r["sketched_bytes"] / r["dense_bytes"])
