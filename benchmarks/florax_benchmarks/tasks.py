@@ -46,6 +46,7 @@ TaskName: TypeAlias = Literal[
 ]
 VOCABULARY = 4096  # of tokenizers that are trained here
 LENGTH = 128  # tokens of a row of running text
+SCORED = 500  # texts or images at a time: the models are small
 
 
 class Task(NamedTuple):
@@ -275,7 +276,8 @@ def _translation(data: Sequence[str], test: Sequence[str]) -> Task:
         for name, own in tests.items():
             prompts = [gpt2.encode_prompt(pair, tokenizer) for pair in own]
             keep = [i for i, ids in enumerate(prompts) if len(ids) <= length]
-            written = text.generate(model, tokenizer, [prompts[i] for i in keep], new_tokens)
+            asked = [prompts[i] for i in keep]
+            written = text.generate(model, tokenizer, asked, new_tokens, batch=SCORED)
             found[name] = metrics.bleu(written, [own[i].references for i in keep])
         return found
 
@@ -343,6 +345,7 @@ def _t5(data: Sequence[str], model: str) -> Task:
             tokenizer,
             [t5.encode_source(pair, tokenizer, own) for pair in test],
             own.target_length,
+            batch=SCORED,
             write=functools.partial(t5.write, length_penalty=1.0),
         )
         return metrics.rouge(written, [pair.references for pair in test])
@@ -394,7 +397,7 @@ def _vision(data: Sequence[str]) -> Task:
     test = images["test"]
 
     def score(params: Any) -> dict[str, float]:
-        predicted = vit.predict(nnx.merge(_graphdef(ViT, config), params), test.images, 500)
+        predicted = vit.predict(nnx.merge(_graphdef(ViT, config), params), test.images, SCORED)
         return {"accuracy": metrics.accuracy(predicted, test.labels)}
 
     return Task(
