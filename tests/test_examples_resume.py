@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -202,14 +203,23 @@ EVERY_UPDATE = {
 def copies(monkeypatch, folder, to):
     """Copies of a folder as it was before each change in it: what a kill then would have left."""
     made = []
+    lock = threading.RLock()  # Orbax makes changes in several threads: one at a time, each copied
+
+    def copied():
+        """What is written from outside of Python is not held up, and may go from under a copy."""
+        while True:
+            try:
+                return shutil.copytree(folder, to / str(len(made)))
+            except (shutil.Error, FileNotFoundError):
+                shutil.rmtree(to / str(len(made)))
 
     def copying(change):
         def wrapped(path, *args, **kwargs):
-            if not made or made[-1] is not None:
-                made.append(None)  # a copy changes nothing that is to be copied
-                shutil.copytree(folder, copy := to / str(len(made)))
-                made[-1] = copy
-            return change(path, *args, **kwargs)
+            with lock:
+                if not made or made[-1] is not None:
+                    made.append(None)  # a copy changes nothing that is to be copied
+                    made[-1] = copied()
+                return change(path, *args, **kwargs)
 
         return wrapped
 
