@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import footprint
 import quality
@@ -44,20 +44,21 @@ class Settings:
 
 
 def learn(s: Settings, sweep: paper.Sweep) -> None:
-    task = sweep.task
-    name = paper.MODELS.get(task)
-    quality.main(
-        quality.Settings(
-            task=task,
-            variants=tuple(v for v in sweep.variants if v in (s.variants or sweep.variants)),
-            data=tuple(str(s.data / own) for own in paper.DATA[task]),
-            test=tuple(str(s.data / own) for own in paper.TEST.get(task, ())),
-            model=str(s.models / name) if name else None,
-            seeds=s.seeds,
-            results=s.results,
-            **sweep.changes,
-        )
-    )
+    chosen = tuple(v for v in sweep.variants if v in (s.variants or sweep.variants))
+    own = arguments(sweep, s.data, s.models)
+    quality.main(quality.Settings(variants=chosen, seeds=s.seeds, results=s.results, **own))
+
+
+def arguments(sweep: paper.Sweep, data: Path, models: Path) -> dict[str, Any]:
+    """Those of `quality` that say what a sweep's task is."""
+    name = paper.MODELS.get(sweep.task)
+    return {
+        "task": sweep.task,
+        "data": tuple(str(data / own) for own in paper.DATA[sweep.task]),
+        "test": tuple(str(data / own) for own in paper.TEST.get(sweep.task, ())),
+        "model": str(models / name) if name else None,
+        **sweep.changes,
+    }
 
 
 def compile_steps(s: Settings, own: paper.Footprint) -> None:

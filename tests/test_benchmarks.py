@@ -1,6 +1,7 @@
 """What the benchmarks rest on: variants, baselines, sweeps, and figures that come from results."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,11 @@ pytest.importorskip("tensorboardX")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
+import tyro
+
 import florax
 import quality
+import reproduce_all
 from florax_benchmarks import baselines, pages, paper, results, sweep, tasks, variants
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -370,6 +374,37 @@ def test_every_kind_of_variant_learns(name):
     accumulator = runs.bytes["accumulator_bytes"] / runs.bytes["parameter_bytes"]
     assert (accumulator == 0) == name.endswith("/none")
     assert accumulator <= 1
+
+
+def test_all_that_is_not_there_is_trained_once(tmp_path):
+    given = reproduce_all.Settings(experiments=("3", "6"), results=tmp_path)
+    made = reproduce_all.jobs(given)
+    settings = [tyro.cli(quality.Settings, args=job.command[1:]) for job in made]
+    wanted = {
+        (name, sweep.changes["resample_every"])
+        for experiment in given.experiments
+        for sweep in paper.sweeps(experiment)
+        for name in sweep.variants
+    }
+    assert sorted((own.variants[0], own.resample_every) for own in settings) == sorted(wanted)
+    for own in settings[1:]:  # as if these had run
+        row = {"task": "pretraining", "resample_every": own.resample_every}
+        row = {"settings": row | {"variant": own.variants[0]}}
+        with (tmp_path / "quality.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    assert reproduce_all.jobs(given) == made[:1]
+
+
+@pytest.mark.parametrize(
+    ("code", "limit", "told"),
+    [
+        ("print(1)", 600, r"\d+ s"),
+        ("raise ValueError('no such thing')", 600, "failed: ValueError: no such thing"),
+        ("import time; time.sleep(600)", 0.1, "stopped"),
+    ],
+)
+def test_a_job_says_how_it_ended(code, limit, told):
+    assert re.fullmatch(told, reproduce_all.run(reproduce_all.Job("", ("-c", code)), 0, limit))
 
 
 def test_rows_are_json(tmp_path):

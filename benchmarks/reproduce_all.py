@@ -1,0 +1,125 @@
+"""All that `reproduce.py` trains, on all GPUs of this host: what the results do not have yet.
+
+    python benchmarks/reproduce_all.py --data DATA --models MODELS --limit 540
+
+A row is a process of its own. Several share a GPU, where one trains while the others compile. What
+is running at the limit is stopped, and begins anew with the next call.
+"""
+
+import dataclasses
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any, NamedTuple
+
+import jax
+
+import reproduce
+from florax_benchmarks import claims, paper, results
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    data: Path = Path("data")  # folder with the data sets by name, see reproduce.py
+    models: Path = Path("models")  # folder with models to fine-tune, by name
+    experiments: tuple[str, ...] = ("1a", "frontier", "1b", "2a", "2b", "3", "4", "5", "6")  # which
+    tasks: tuple[str, ...] = ()  # only these
+    each: int = 4  # processes that share a GPU
+    limit: float = 540.0  # seconds for everything
+    results: Path = results.FOLDER  # folder for the JSON
+
+    def __post_init__(self):
+        if unknown := {*self.experiments} - {*paper.EXPERIMENTS}:
+            raise ValueError(f"experiments must be of {paper.EXPERIMENTS}, got {sorted(unknown)}")
+
+
+class Job(NamedTuple):
+    title: str
+    command: tuple[str, ...]  # of Python
+
+
+def jobs(s: Settings) -> list[Job]:
+    """The rows that are not there, each once."""
+    found: dict[tuple[str, ...], Job] = {}
+    for experiment in s.experiments:
+        for sweep in paper.sweeps(experiment):
+            if sweep.task not in (s.tasks or (sweep.task,)):
+                continue
+            there = claims.rows_of(s.results, sweep)
+            for variant in (name for name in sweep.variants if name not in there):
+                own = reproduce.arguments(sweep, s.data, s.models) | {"variants": (variant,)}
+                command = (str(results.SCRIPTS / "quality.py"), *flags(own))
+                command += ("--results", str(s.results.absolute()))
+                found.setdefault(command, Job(f"{experiment}, {sweep.task}: {variant}", command))
+    return [*found.values()]
+
+
+def flags(arguments: dict[str, Any]) -> Iterator[str]:
+    """As the command line has them; what is empty or None is left out."""
+    for name, value in arguments.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if value not in ((), None):
+            yield from (f"--{name.replace('_', '-')}", *map(str, values))
+
+
+def work(queue: Queue[Job], gpu: int, end: float) -> None:
+    """Run one job after another, until there is none or the time is up."""
+    while (left := end - time.monotonic()) > 0:
+        try:
+            job = queue.get_nowait()
+        except Empty:
+            return
+        print(f"{job.title}: {run(job, gpu, left)}", flush=True)
+
+
+def run(job: Job, gpu: int, limit: float) -> str:
+    """Run a job for so many seconds at most; what came of it, in a few words."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, *job.command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return "stopped"
+        log.seek(0)
+        lines = log.read().splitlines() or ["no output"]
+    return f"failed: {lines[-1][:160]}" if code else f"{time.monotonic() - start:.0f} s"
+
+
+def main(s: Settings) -> None:
+    end = time.monotonic() + s.limit
+    queue: Queue[Job] = Queue()
+    for job in jobs(s):
+        queue.put(job)
+    print(f"{queue.qsize()} rows to train", flush=True)
+    gpus = results.isolated(count_gpus)["count"]
+    results.device()  # once, for all processes
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    with ThreadPoolExecutor(gpus * s.each) as pool:
+        [*pool.map(functools.partial(work, queue, end=end), [*range(gpus)] * s.each)]
+    print(f"{len(jobs(s))} rows are left", flush=True)
+
+
+def count_gpus() -> dict[str, int]:
+    return {"count": jax.device_count()}
+
+
+if __name__ == "__main__":
+    main(results.settings(Settings, __doc__))
