@@ -93,7 +93,9 @@ def test_trees_made_of_a_callable_module_are_trees():
 # --- numbers
 
 
-@pytest.mark.parametrize("tx", [momentum(), accumulate(), florax.per_layer(momentum(), False)])
+@pytest.mark.parametrize(
+    "tx", [momentum(residual=False), accumulate(), florax.per_layer(momentum(), False)]
+)
 def test_a_python_number_is_a_leaf_like_any_other(tx):
     params = {"kernel": jnp.ones((12, 8)), "scale": 1.0}
     state = tx.init(params)

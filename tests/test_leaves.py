@@ -222,7 +222,7 @@ def test_functions_are_given_the_path_and_the_leaf():
 def test_the_same_decision_is_taken_by_every_transformation():
     """What is decided once, from shapes, is what both keep in their states."""
     params = shapes_of(kernel=(12, 20), stack=(3, 12, 20), bias=(20,))
-    expected = plan(params)
+    expected = plan(params, projection="cosine")
     momentum = jax.eval_shape(florax.flora_momentum(3).init, params)
     flora = jax.eval_shape(florax.flora(0.1, 3).init, params)
     assert momentum.sketch.plan == flora[1].sketch.plan == expected

@@ -245,7 +245,7 @@ def test_the_report_says_which_gradients_are_born_compressed_and_what_prevents_o
 
 
 def test_it_says_so_of_arrays_as_of_shapes():
-    tx = florax.flora_momentum(5)
+    tx = florax.flora_momentum(5, residual=False)
     arrays = jax.tree.map(lambda s: jnp.ones(s.shape), (GRADIENT_SHAPES, INPUT))
     of_arrays = florax.gradient_report(gradient_loss, tx, *arrays)
     assert of_arrays == florax.gradient_report(gradient_loss, tx, GRADIENT_SHAPES, INPUT)
@@ -255,7 +255,7 @@ def test_it_takes_argnums_aux_and_what_is_no_array():
     def loss(name, x, params):
         return gradient_loss(params, getattr(jnp, name)(x)), params["head"]
 
-    tx = florax.flora_momentum(5)
+    tx = florax.flora_momentum(5, residual=False)
     report = florax.gradient_report(
         loss, tx, "sin", INPUT, GRADIENT_SHAPES, argnums=-1, has_aux=True
     )
@@ -266,7 +266,7 @@ def test_it_takes_keywords_of_the_loss():
     def loss(params, x, *, name, scale):
         return scale * gradient_loss(params, getattr(jnp, name)(x))
 
-    tx, scale = florax.flora_momentum(5), jax.ShapeDtypeStruct((), jnp.float32)
+    tx, scale = florax.flora_momentum(5, residual=False), jax.ShapeDtypeStruct((), jnp.float32)
     report = florax.gradient_report(loss, tx, GRADIENT_SHAPES, INPUT, name="sin", scale=scale)
     assert report == florax.gradient_report(gradient_loss, tx, GRADIENT_SHAPES, INPUT)
 
@@ -277,7 +277,9 @@ def test_it_names_every_obstacle():
         penalty = jnp.sum(jnp.abs(kernel)) + jnp.sum(jnp.exp(kernel))
         return gradient_loss(params, x) + penalty + jnp.max(kernel)
 
-    report = florax.gradient_report(loss, florax.flora_momentum(5), GRADIENT_SHAPES, INPUT)
+    report = florax.gradient_report(
+        loss, florax.flora_momentum(5, residual=False), GRADIENT_SHAPES, INPUT
+    )
     uses = next(row.dense_uses for row in report.rows if row.path == "['up']")
     assert [use.split()[0] for use in uses] == ["abs", "exp", "reduce_max"]
     lines = [line.strip() for line in str(report).splitlines()]
