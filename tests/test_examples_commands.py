@@ -51,6 +51,8 @@ def commands():
     found = []
     for readme in READMES:
         blocks = re.findall(r"^```sh\n(.*?)^```", readme.read_text(), re.M | re.S)
+        # One after the other: what two print at once is mixed.
+        blocks = [re.sub(r" &$", "", block, flags=re.M) for block in blocks]
         defined = "pip() { :; }; pytest() { :; }; python() { printf '%s\\0' \"$@\" $'\\n'; }\n"
         printed = subprocess.run(
             ["bash", "-eu", "-c", defined + "\n".join(blocks)],
