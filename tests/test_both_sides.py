@@ -140,31 +140,66 @@ def singular(n, m, values, seed=0):
     return np.asarray((u * values) @ v.T, np.float32), u, v
 
 
+def roundings(g, rank, a, b):
+    """By how much of itself a G of this rank d may be off that is put together from its sketches.
+
+    G = U Σ Vᵀ, and W = Vᵀ Aᵀ. Without roundings the guess C (B C)⁺ R is G, and C⁺ G = W⁺ Vᵀ,
+    C (B C)⁺ = U (B U)⁺. With E_C, E_R and E_M, those of C, R and B C, it is off, to first order, by
+
+        E_C W⁺ Vᵀ + U (B U)⁺ (E_R - E_M W⁺ Vᵀ).
+
+    Let α = 1 / σ(W) and β = 1 / σ(B U), of the least singular values: neither is below 1. They are
+    measured, and Σ is not in it. Entries are sums of n products at most: they are off by √n EPS, if
+    in whatever order a CPU adds them up roundings are as often up as down. C is about √(k / m) of G
+    and R √(l / n), at most 0.62 here, and B C less: α E_C + β E_R + αβ E_M is at most 2 αβ √n EPS.
+    And what is left of R, 2 √n EPS, roundings of it and of its guess, is enlarged by n / (l - d).
+
+    Of 300 seeds of each shape most are below a fifth of it, and the furthest off by two fifths.
+    """
+    (n, _), (k, l) = g.shape, (len(a), len(b))  # noqa: E741
+    u, _, v = np.linalg.svd(np.asarray(g, np.float64))
+    sines = [
+        np.linalg.svd(np.asarray(x, np.float64) @ y, compute_uv=False)[-1]
+        for x, y in ((a, v[:rank].T), (b, u[:, :rank]))
+    ]
+    return 2 * math.sqrt(n) * EPS * (1 / math.prod(sines) + n / (l - k))
+
+
 @pytest.mark.parametrize("n, m, k, l", [shape for shape in SHAPES if shape[2] > 1])
 def test_a_gradient_of_a_rank_below_that_of_its_sketch_is_recovered(n, m, k, l):  # noqa: E741
-    """R, and what is guessed of it, are sums of n products and off by √n roundings; what is left
-    of their difference is noise, and is enlarged by n / (l - d): of the most matrices this bounds
-    the error. A rounding of C is off in the guess by 1 / its least singular value: where by chance
-    C is near to a lower rank, its condition enlarges the error of all.
-    """
-    errors, conditions = [], []
+    """The most of them as if only what is left of R were off."""
+    errors, allowed = [], []
     for rank in range(1, k):
         for seed, own in enumerate(seeds(10)):
             factors = np.random.default_rng([seed, rank])
             g = factors.normal(size=(n, rank)) @ factors.normal(size=(rank, m))
-            g = np.asarray(g, np.float32)
-            a, b = draw(own, n, m, k, l)
+            g, (a, b) = np.asarray(g, np.float32), draw(own, n, m, k, l)
             errors.append(reference.relative_error(again(g, a, b), g))
-            singular_values = np.linalg.svd(np.asarray(g, np.float64) @ a.T, compute_uv=False)
-            conditions.append(singular_values[0] / singular_values[rank - 1])
-    bound = n / (l - k) * math.sqrt(n) * 2 * EPS
-    assert np.median(errors) < bound
-    assert np.all(np.array(errors) < bound * np.array(conditions))
+            allowed.append(roundings(g, rank, a, b))
+    assert np.all(np.array(errors) < allowed)
+    assert np.median(errors) < 2 * math.sqrt(n) * EPS * n / (l - k)
+
+
+@pytest.mark.parametrize("near", [1e-2, 1e-4, 0])
+@pytest.mark.parametrize("n, m, k, l", [shape for shape in SHAPES if shape[2] > 2])
+def test_so_it_is_where_columns_of_its_sketch_are_near_to_each_other(n, m, k, l, near):  # noqa: E741
+    """Others tell them apart, so that A V is as good as ever.
+
+    The most of them: where it is between them and roundings, what is lost may be more.
+    """
+    shares = []
+    for seed, own in enumerate(seeds(20)):
+        a, b = draw(own, n, m, k, l)
+        factors, axis = np.random.default_rng(seed), np.asarray(a, np.float64)
+        w = factors.normal(size=(2, m))
+        w -= (1 - near) * np.outer(w @ (axis[1] - axis[0]), axis[1])
+        g = np.asarray(factors.normal(size=(n, 2)) @ w, np.float32)
+        shares.append(reference.relative_error(again(g, a, b), g) / roundings(g, 2, a, b))
+    assert np.median(shares) < 1
 
 
 @pytest.mark.parametrize("n, m, k, l", SHAPES)
 def test_so_is_one_of_the_very_rank_where_its_sketch_has_that_rank_too(n, m, k, l):  # noqa: E741
-    """What is off in C by a rounding is off in the guess by 1 / its least singular value."""
     seen = 0
     for seed, own in enumerate(seeds(20)):
         factors = np.random.default_rng(seed)
@@ -172,7 +207,7 @@ def test_so_is_one_of_the_very_rank_where_its_sketch_has_that_rank_too(n, m, k, 
         a, b = draw(own, n, m, k, l)
         singular_values = np.linalg.svd(g @ a.T, compute_uv=False)
         if singular_values[-1] > 1e-3 * singular_values[0]:
-            assert reference.relative_error(again(g, a, b), g) < 1e-3
+            assert reference.relative_error(again(g, a, b), g) < roundings(g, k, a, b)
             seen += 1
     assert seen >= 15
 

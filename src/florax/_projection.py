@@ -203,11 +203,12 @@ def solve(
     (arXiv:1609.00048); d: Golub, Heath and Wahba, "Generalized cross-validation as a method for
     choosing a good ridge parameter", 1979.
     """
-    columns, (l, k), (p, s) = left.shape[:-1], mixed.shape, basis  # noqa: E741
+    columns, (l, k), (p, factors) = left.shape[:-1], mixed.shape, basis  # noqa: E741
     a = projection.astype(mixed.dtype).reshape(k, -1)
     r = jnp.ldexp(left.astype(mixed.dtype).reshape(-1, l).T, -exponent)
 
     # With B C S = P, orthonormal, and Y = S X, every step is well conditioned, whatever C is.
+    s = functools.reduce(_exactly, factors)
     rest = r - _exactly(mixed, a)
     x = _exactly(p.T, rest)
     variance = jnp.sum((rest - _exactly(p, x)) ** 2) / ((l - k) * r.shape[1])
@@ -217,8 +218,10 @@ def solve(
     inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(k, dtype=gram.dtype))
     x, explained = _exactly(inverse, x), jnp.sum(inverse * gram)
 
-    top = a + _exactly(s, x)
     bottom = jnp.ldexp(rows / (l - explained) * (rest - _exactly(p, x)), exponent)
+    # Factor by factor: what comes between is no larger than Y. Columns of S are as large as 1 / EPS
+    # where those of C depend on each other, and most of S X would cancel.
+    top = a + functools.reduce(lambda y, factor: _exactly(factor, y), factors[::-1], x)
     return top.reshape(k, *columns), bottom.reshape(l, *columns)
 
 
@@ -237,20 +240,21 @@ def _ridged(gram: jax.Array, ridge: jax.typing.ArrayLike) -> jax.Array:
 
 
 def orthonormal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An orthonormal basis P of its columns, and S with P = matrix S.
+    """An orthonormal basis P of its columns, and factors of S with P = matrix S, the first first.
 
     Cholesky's QR, thrice, with less and less of a shift: without one it fails where columns depend
     on each other, as they do where the rank of a gradient is below that of its sketch.
     """
-    rows = len(matrix)
-    both = jnp.concatenate([matrix, jnp.eye(matrix.shape[1], dtype=matrix.dtype)])
+    rows, eye = len(matrix), jnp.eye(matrix.shape[1], dtype=matrix.dtype)
 
-    def pass_over(both: jax.Array, shift: jax.Array) -> tuple[jax.Array, None]:
-        factor = jnp.linalg.cholesky(_ridged(_exactly(both[:rows].T, both[:rows]), shift))
-        return jax.lax.linalg.triangular_solve(factor, both, lower=True, transpose_a=True), None
+    def pass_over(basis: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        factor = jnp.linalg.cholesky(_ridged(_exactly(basis.T, basis), shift))
+        both = jnp.concatenate([basis, eye])
+        both = jax.lax.linalg.triangular_solve(factor, both, lower=True, transpose_a=True)
+        return both[:rows], both[rows:]
 
-    both, _ = jax.lax.scan(pass_over, both, jnp.array(_SHIFTS, matrix.dtype))
-    return both[:rows], both[rows:]
+    basis, factors = jax.lax.scan(pass_over, matrix, jnp.array(_SHIFTS, matrix.dtype))
+    return basis, factors
 
 
 def transfer(sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
