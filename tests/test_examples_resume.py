@@ -205,13 +205,32 @@ def copies(monkeypatch, folder, to):
     made = []
     lock = threading.RLock()  # Orbax makes changes in several threads: one at a time, each copied
 
+    def seen():
+        found = {}
+        for path in folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                found[path] = status.st_ino, status.st_size, status.st_mtime_ns
+        return found
+
     def copied():
-        """What is written from outside of Python is not held up, and may go from under a copy."""
+        """As it was at one moment: TensorStore's threads, which no lock holds up, write meanwhile.
+
+        A copy that met a change may lack a file, or have a new one beside an old one, which no kill
+        would have left: it is made again.
+        """
+        to_here = to / str(len(made))
         while True:
+            before, failed = seen(), None
             try:
-                return shutil.copytree(folder, to / str(len(made)))
-            except (shutil.Error, FileNotFoundError):
-                shutil.rmtree(to / str(len(made)))
+                shutil.copytree(folder, to_here)
+            except shutil.Error as error:
+                failed = error
+            if seen() == before:
+                if failed:
+                    raise failed
+                return to_here
+            shutil.rmtree(to_here)
 
     def copying(change):
         def wrapped(path, *args, **kwargs):
