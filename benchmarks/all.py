@@ -10,8 +10,6 @@ compiled.
 import dataclasses
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -69,11 +67,7 @@ def main(s: Settings) -> None:
         command = [sys.executable, results.SCRIPTS / script, *flags]
         start = time.monotonic()
         print(f"\n$ python benchmarks/{row}", flush=True)
-        process = subprocess.Popen(command, start_new_session=True)
-        try:
-            process.wait(timeout=max(0, end - start))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        if results.run(command, end - start) is None:
             print(f"stopped: the limit of {s.limit:.0f} seconds is reached")
             break
         print(f"{time.monotonic() - start:.0f} seconds", flush=True)

@@ -9,7 +9,6 @@ is running at the limit is stopped, and begins anew with the next call.
 import dataclasses
 import functools
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -84,18 +83,10 @@ def run(job: Job, gpu: int, limit: float) -> str:
     """Run a job for so many seconds at most; what came of it, in a few words."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, *job.command],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)},
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        streams = {"stdout": log, "stderr": subprocess.STDOUT}
+        device = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        code = results.run([sys.executable, *job.command], limit, env=device, **streams)
+        if code is None:
             return "stopped"
         log.seek(0)
         lines = log.read().splitlines() or ["no output"]

@@ -1,4 +1,4 @@
-"""What FLORA's paper claims, and whether it holds in the results: one line of a table each."""
+"""What FLORA's paper and florax claim, and whether it holds in the results: a line each."""
 
 import itertools
 import re
@@ -164,7 +164,7 @@ def _residual(folder: Path, where: str, sweep: paper.Sweep) -> Iterator[list[str
     claim = "with residual the best rank is no worse than full size"
     told = f"{low:.3f} with {_rank(best)}; full size {full:.3f}"
     yield [claim, where, _verdict(low <= full), told]
-    yield from _edge(where, rows)
+    yield from _edge(where, rows, [*own])
 
 
 def _rank(name: str) -> str:
@@ -172,16 +172,16 @@ def _rank(name: str) -> str:
     return f"r = {rank} in {dtype.removeprefix('int')} bits"
 
 
-def _edge(where: str, rows: dict[str, Row]) -> Iterator[list[str]]:
-    """Whether nothing that is not florax has a lower loss in no more bytes, below an eighth."""
+def _edge(where: str, rows: dict[str, Row], names: list[str]) -> Iterator[list[str]]:
+    """Whether nothing but these has a lower loss in no more bytes, below an eighth."""
     share = {name: state_bytes(row) / row["parameter_bytes"] for name, row in rows.items()}
     loss = {name: statistics.mean(row["losses"]) for name, row in rows.items()}
-    own = [name for name in rows if "-int" in name and share[name] < 1 / 8]
-    others = [name for name in rows if "-int" not in name]
+    own = [name for name in names if share[name] < 1 / 8]
+    others = rows.keys() - names
     beaten = [
         (name, by)
         for name in own
-        for by in others
+        for by in sorted(others)
         if share[by] <= share[name] and loss[by] < loss[name]
     ]
     told = "; ".join(f"{by} is below {_rank(name)}" for name, by in beaten)

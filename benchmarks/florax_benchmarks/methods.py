@@ -98,8 +98,9 @@ def make(name: str, loss_fn: Loss, accumulate: int, rank: int, side: str) -> Met
         step = dense(loss_fn, tx) if name == "dense" else florax.value_and_update(loss_fn, tx)
         return Method(tx.init, step, accumulate, 1)
     if name == "layerwise":
-        kind = {"projection": "gaussian", "side": side, "accumulator_dtype": dtype}
-        momentum = florax.flora_momentum(rank, **kind)
+        momentum = florax.flora_momentum(
+            rank, projection="gaussian", side=side, accumulator_dtype=dtype
+        )
         momentum = optax.masked(momentum, matrices)
         tx = florax.per_layer(optax.chain(adafactor, momentum), models.is_stacked)
         step = florax.value_and_update(loss_fn, tx, layerwise=True)

@@ -7,10 +7,11 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,6 +127,20 @@ def isolated(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, An
             return pool.submit(measure, *args).result()
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+
+def run(command: Sequence[str | Path], limit: float, **options: Any) -> int | None:
+    """Run a command for so many seconds at most: its exit status, or None if it was stopped.
+
+    What it has started is stopped with it; `options` are those of `subprocess.Popen`.
+    """
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        return process.wait(timeout=max(0, limit))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
 @contextlib.contextmanager

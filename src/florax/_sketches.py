@@ -23,9 +23,9 @@ class Sketch:
     """The gradient of one leaf, born compressed by `value_and_grad`.
 
     It stands where the gradient of the leaf would stand. Sketches of the same cycle may be added
-    and averaged, over micro-batches or devices; `flora_accumulate` and a `flora_momentum` that
-    stands first take them, and nothing else does: used as an array it raises. A sketch of another
-    cycle or another state is refused, or, where values are traced, becomes NaN.
+    and averaged, over micro-batches or devices; `flora_accumulate`, and a `flora_momentum` without
+    its residual that stands first, take them, and nothing else does: used as an array it raises. A
+    sketch of another cycle or another state is refused, or, where values are traced, becomes NaN.
 
     Attributes:
       array: the sketch, shape `(*batch, *rows, rank)`, float32 or the parameter's dtype if wider;
@@ -54,8 +54,8 @@ class Sketch:
         """Raise: a sketch is not a gradient."""
         raise TypeError(
             f"The gradient of {self.leaf.path} is a florax.Sketch, not an array: only "
-            "flora_accumulate, florax.accumulate and a flora_momentum that stands first take it. "
-            "For full gradients use jax.value_and_grad."
+            "flora_accumulate, florax.accumulate and a flora_momentum(..., residual=False) that "
+            "stands first take it. For full gradients use jax.value_and_grad."
         )
 
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
