@@ -1,4 +1,4 @@
-"""The tables of FLORA's paper, at a size that trains in minutes; or at the paper's own.
+r"""The tables of FLORA's paper, at a size that trains in minutes; or at the paper's own.
 
     python benchmarks/reproduce.py --experiment 1b --data DATA
     python benchmarks/reproduce.py --experiment 1b --parts memory
@@ -12,8 +12,10 @@ this table. `report.py` prints what came out beside what the paper reports.
 
 The folder DATA has the data sets by name: multi30k, tatoeba_deen and iwslt17_test for translation;
 scitldr and xsum for summarization; lm_imdb and lm_gutenberg; cifar100. MODELS has the models that
-are fine-tuned: smollm2, made by examples/convert_gguf.py or of the hub, and t5, which `quality.py
---task denoising --variants none+float32 --save MODELS/t5` makes.
+are fine-tuned: smollm2, made by examples/convert_gguf.py or of the hub, and t5, made by
+
+    python benchmarks/quality.py --task denoising --data DATA/lm_imdb DATA/lm_gutenberg --seeds 1 \
+        --variants none+float32 --save MODELS/t5
 """
 
 import dataclasses

@@ -101,7 +101,8 @@ def main(s: Settings) -> None:
     print(f"{queue.qsize()} rows to train", flush=True)
     gpus = results.isolated(count_gpus)["count"]
     results.device()  # once, for all processes
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Memory goes back to the GPU between a row's programs: others need it meanwhile.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     os.environ.setdefault("TQDM_DISABLE", "1")
     with ThreadPoolExecutor(gpus * s.each) as pool:
         [*pool.map(functools.partial(work, queue, end=end), [*range(gpus)] * s.each)]

@@ -19,7 +19,7 @@ def write(folder, sweep, losses, share=None):
             row = {
                 "settings": settings | dict(sweep.changes),
                 "losses": own,
-                "scores": {},
+                "scores": {"rougeL": [30.0], "BLEU": [20.0]},
                 "parameter_bytes": 1000,
                 "accumulator_bytes": 0,
                 "optimizer_bytes": (share or {}).get(name, 1000),
@@ -107,3 +107,54 @@ def test_what_diverges_is_said_so_in_table_and_picture(tmp_path):
     assert "128-paper" in line and "nan" not in line
     plots.kappas(rows, tmp_path / "kappa.png")
     assert (tmp_path / "kappa.png").stat().st_size > 1000
+
+
+SUMMARIES, T5 = paper.sweeps("1a")
+GROWS, NEAR = (
+    "FLORA: quality grows with the rank",
+    "FLORA: the largest rank is within {} of full size",
+)
+
+
+@pytest.mark.parametrize(
+    ("top", "full", "expected"),
+    [(4.5, 4.45, ("yes", "yes")), (4.5, 4.3, ("yes", "**no**")), (4.9, 4.85, ("**no**", "yes"))],
+)
+def test_of_losses_less_is_better(top, full, expected, tmp_path):
+    """The seeds' losses are 0.1 apart."""
+
+    def around(mean):
+        return [mean - 0.05, mean, mean + 0.05]
+
+    losses = {"float32": around(full), "64-paper": around(4.6), "128-paper": around(top)}
+    write(tmp_path, T5, losses)
+    found = verdicts(tmp_path)
+    assert (found[GROWS], found[NEAR.format(0.1)]) == expected
+
+
+def test_only_the_largest_rank_of_the_table_is_the_largest(tmp_path):
+    write(tmp_path, T5, {"float32": [4.4], "16-paper": [4.7], "64-paper": [4.6]})
+    assert GROWS in verdicts(tmp_path)
+    assert not any("the largest rank" in claim for claim in verdicts(tmp_path))
+
+
+_, FRONTIER = paper.sweeps("frontier")
+FEW = "half of the width in 4 bits, of both buffers, is as good as full size"
+
+
+@pytest.mark.parametrize(
+    ("few", "rival", "expected"),
+    [(2.3, 2.5, ("yes", "yes")), (2.4, 2.5, ("**no**", "yes")), (2.3, 2.2, ("yes", "**no**"))],
+)
+def test_the_frontier_is_of_what_accumulates(few, rival, expected, tmp_path):
+    losses = {
+        "none": [2.1],
+        "float32+float32": [2.3],
+        "288-both-int4+288-int4": [few],
+        "72-both-int4+72-int4": [2.4],
+        "72-paper+72-paper": [rival],
+    }
+    share = {"none": 1, "288-both-int4+288-int4": 180, "72-both-int4+72-int4": 90}
+    write(tmp_path, FRONTIER, losses, share | {"72-paper+72-paper": 90})
+    found = verdicts(tmp_path)
+    assert (found[FEW], found[EDGE]) == expected

@@ -21,6 +21,8 @@ def block(folder: Path) -> str:
     lines += _kappas(folder)
     for experiment, sweep in [(e, s) for e in ("2a", "2b", "5", "6") for s in paper.sweeps(e)]:
         lines += _residual(folder, f"Table {experiment}, {sweep.task}", sweep)
+    for sweep in paper.sweeps("frontier"):
+        lines += _frontier(folder, f"frontier, {sweep.task}", sweep)
     return table(["claim", "where", "holds", "figures"], lines, 4)
 
 
@@ -85,44 +87,60 @@ def peaks_of(folder: Path, own: paper.Table, model: str) -> dict[Any, int]:
 
 
 def scores_of(folder: Path, own: paper.Table, task: str) -> dict[Any, list[float]]:
-    """Scores of the seeds, by method and share of the width."""
+    """Scores, or losses, of the seeds, by method and share of the width."""
     found = {}
-    for row in next(iter(own.rows.values())):
+    for row in _rows(own):
         name = row.variant(paper.WIDTHS[task], own.momentum, own.unfactored)
         settings = {"task": task, "variant": name} | dict(own.tasks[task])
         if measured := results.latest(folder, "quality", settings):
-            found[row.method, row.share] = measured["scores"][own.scores[task]]
+            score = own.scores[task]
+            values = measured["losses"] if score == paper.LOSS else measured["scores"][score]
+            found[row.method, row.share] = values
     return found
+
+
+def digits(own: paper.Table, task: str) -> int:
+    """After the point, of what is compared."""
+    return 3 if own.scores[task] == paper.LOSS else 1
 
 
 def _quality(folder: Path, name: str, task: str) -> Iterator[list[str]]:
     own = paper.TABLES[name]
-    scores = scores_of(folder, own, task)
+    scores, score = scores_of(folder, own, task), own.scores[task]
     means = {key: statistics.mean(values) for key, values in scores.items()}
-    where, near = f"Table {name}, {task}", NEAR[own.scores[task]]
+    halves = {key: (max(values) - min(values)) / 2 for key, values in scores.items()}
+    better = -1 if score == paper.LOSS else 1  # the sign of a difference for the better
+    where, places = f"Table {name}, {task}", digits(own, task)
     for method in ("paper", "florax"):
         ranks = sorted((share, key) for key in means if (share := key[1]) and key[0] == method)
         if len(ranks) > 1:
             values = [means[key] for _, key in ranks]
-            slack = max(max(scores[key]) - min(scores[key]) for _, key in ranks) / 2
-            grows = all(b > a - slack for a, b in itertools.pairwise(values))
+            slack = max(halves[key] for _, key in ranks)
+            grows = all(better * (b - a) > -slack for a, b in itertools.pairwise(values))
             label = "FLORA" if method == "paper" else "florax"
-            told = ", ".join(f"{x:.1f}" for x in values)
+            told = ", ".join(f"{x:.{places}f}" for x in values)
             yield [f"{label}: quality grows with the rank", where, _verdict(grows), told]
-            top, naive = ranks[-1][1], means.get(("naive", None))
-            if naive is not None:
-                apart = means[top] - naive
-                claim = f"{label}: the largest rank is within {near} of full size"
-                yield [claim, where, _verdict(apart >= -near), f"{apart:+.1f}"]
+            top, naive = ranks[-1][1], ("naive", None)
+            if naive in means and top[1] == max(row.share or 0 for row in _rows(own)):
+                near = NEAR.get(score, 2 * max(halves[top], halves[naive]))
+                apart = means[top] - means[naive]
+                claim = f"{label}: the largest rank is within {near:.2g} of full size"
+                holds = better * apart >= -near
+                yield [claim, where, _verdict(holds), f"{apart:+.{places}f}"]
     pairs = [
         (means["paper", s], means["lora", s])
         for m, s in means
         if m == "paper" and ("lora", s) in means
     ]
     if pairs:
-        told = ", ".join(f"{a - b:+.1f}" for a, b in pairs)
-        above = all(a > b for a, b in pairs)
-        yield ["every rank of FLORA is above LoRA's", where, _verdict(above), told]
+        told = ", ".join(f"{a - b:+.{places}f}" for a, b in pairs)
+        above = all(better * (a - b) > 0 for a, b in pairs)
+        yield ["every rank of FLORA is better than LoRA's", where, _verdict(above), told]
+
+
+def _rows(own: paper.Table) -> list[paper.Row]:
+    """Of the model that tasks are compared with."""
+    return next(iter(own.rows.values()))
 
 
 def rows_of(folder: Path, sweep: paper.Sweep) -> dict[str, Row]:
@@ -167,9 +185,26 @@ def _residual(folder: Path, where: str, sweep: paper.Sweep) -> Iterator[list[str
     yield from _edge(where, rows, [*own])
 
 
+def _frontier(folder: Path, where: str, sweep: paper.Sweep) -> Iterator[list[str]]:
+    """Of what accumulates: `none` is where there is no need to."""
+    rows = {name: r for name, r in rows_of(folder, sweep).items() if not name.startswith("none")}
+    half = paper.WIDTHS[sweep.task] // 2
+    full, few = "float32+float32", f"{half}-both-int4+{half}-int4"
+    if not {full, few} <= rows.keys():
+        return
+    low, high = (statistics.mean(rows[name]["losses"]) for name in (full, few))
+    spread = max(max(own) - min(own) for own in (rows[full]["losses"], rows[few]["losses"]))
+    part = state_bytes(rows[full]) / state_bytes(rows[few])
+    claim = "half of the width in 4 bits, of both buffers, is as good as full size"
+    told = f"{high:.3f} and {low:.3f}, seeds within {spread:.3f}; 1/{part:.0f} of the bytes"
+    yield [claim, where, _verdict(high <= low + spread), told]
+    yield from _edge(where, rows, [name for name in rows if re.fullmatch(r".*int\d\+.*", name)])
+
+
 def _rank(name: str) -> str:
-    rank, dtype = name.removeprefix("none+").split("-")
-    return f"r = {rank} in {dtype.removeprefix('int')} bits"
+    if found := re.fullmatch(r"none\+(\d+)-int(\d)", name):
+        return f"r = {found[1]} in {found[2]} bits"
+    return name
 
 
 def _edge(where: str, rows: dict[str, Row], names: list[str]) -> Iterator[list[str]]:

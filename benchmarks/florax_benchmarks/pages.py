@@ -185,7 +185,10 @@ def paper_table(name: str, folder: Path) -> str:
                 str(row.share or ""),
                 "" if row.score is None else f"{row.score:g}",
                 "" if row.memory is None else f"{row.memory:.2f}",
-                *(_spread(scores[task].get((row.method, row.share))) for task in tasks),
+                *(
+                    _spread(scores[task].get((row.method, row.share)), claims.digits(own, task))
+                    for task in tasks
+                ),
                 _delta(peaks.get((row.method, row.share)), peaks.get(("none", None))),
             ]
             for row in rows
@@ -200,10 +203,11 @@ def paper_table(name: str, folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _spread(values: list[float] | None) -> str:
+def _spread(values: list[float] | None, digits: int) -> str:
     if values is None:
         return ""
-    return f"{statistics.mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def _delta(peak: int | None, floor: int | None) -> str:

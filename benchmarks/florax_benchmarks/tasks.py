@@ -198,9 +198,10 @@ def _denoising(data: Sequence[str]) -> Task:
     tokenizer = tokenization.train(texts["train"], VOCABULARY - SENTINELS)
     config = _t5_config()
 
-    def rows(split: str, most: int | None) -> Any:
+    def rows(split: str, most: int | None, times: int = 1) -> Any:
         ids = _first(llama.pack(texts[split], tokenizer, LENGTH)["ids"], most)
-        return corrupt(ids[:, :LENGTH], tokenizer, np.random.default_rng(0))
+        again = np.tile(ids[:, :LENGTH], (times, 1))
+        return corrupt(again, tokenizer, np.random.default_rng(0))
 
     def save(params: Any, folder: Path) -> None:
         model = nnx.merge(_graphdef(T5, config), params)
@@ -209,17 +210,17 @@ def _denoising(data: Sequence[str]) -> Task:
 
     return Task(
         **_drawn(T5, config),
-        train=rows("train", None),
+        train=rows("train", None, CORRUPTIONS),
         validation=rows("validation", 500),
         test=rows("test", 500),
         losses=_losses(T5, config, t5.losses),
         unit="token",
         micro_batch=64,
         accumulate=1,
-        updates=6000,
+        updates=15_000,
         learning_rates=(2e-3,),
         resample_every=100,
-        at_once=3,
+        at_once=1,
         save=save,
     )
 
@@ -227,6 +228,7 @@ def _denoising(data: Sequence[str]) -> Task:
 SENTINELS = 32  # the last ids: gaps of a row
 GAP = 3  # tokens, on average
 CORRUPTED = 0.15  # of the tokens
+CORRUPTIONS = 2  # of every row to train on, which is seen several times
 
 
 def corrupt(ids: np.ndarray, tokenizer: Tokenizer, draw: np.random.Generator) -> Any:
