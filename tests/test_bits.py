@@ -186,7 +186,7 @@ SAVED = {
 @pytest.mark.parametrize(
     "save_and_restore",
     [
-        with_orbax,
+        pytest.param(with_orbax, marks=pytest.mark.slow),  # by day in `test_checkpoints`
         with_savez,
         pytest.param(with_pickle, marks=pytest.mark.slow),
         pytest.param(with_flax, marks=pytest.mark.slow),

@@ -638,6 +638,7 @@ def on_one_device():
     return updates
 
 
+@pytest.mark.slow  # by day `test_bits` says it of the bits
 @pytest.mark.parametrize(
     "axis_type, specs",
     [
@@ -645,7 +646,6 @@ def on_one_device():
             axis_type,
             SPECS[name],
             id=f"{axis_type.name}-{name}",
-            marks=() if (axis_type, name) == (AxisType.Explicit, "both") else pytest.mark.slow,
         )
         for axis_type in (AxisType.Explicit, AxisType.Auto)
         for name in SPECS

@@ -120,7 +120,7 @@ def by_day(one, *values):
     ]
 
 
-@pytest.mark.parametrize("opt, around", by_day(("adam", "injected"), LEAF_WISE, AROUND))
+@pytest.mark.parametrize("opt, around", by_day(("flora", "injected"), LEAF_WISE, AROUND))
 def test_layer_by_layer_is_the_ordinary_step(opt, around):
     tx = optax.with_extra_args_support(AROUND[around](LEAF_WISE[opt]))
 

@@ -204,7 +204,7 @@ CASES = dict(
     derandomize=True,
     database=None,
 )
-by_day = hypothesis.settings(max_examples=16, **CASES)
+by_day = hypothesis.settings(max_examples=10, **CASES)
 by_night = hypothesis.settings(max_examples=700, **CASES)
 
 
@@ -333,7 +333,7 @@ def test_accumulation_by_night(**given):
     accumulation(**given)
 
 
-@hypothesis.settings(by_day, max_examples=4)  # both sides are slow to compile
+@hypothesis.settings(by_day, max_examples=3)  # both sides are slow to compile
 @hypothesis.given(tree=FEW_LEAVES, **FEW)
 def test_few_bits(**given):
     few_bits(**given)

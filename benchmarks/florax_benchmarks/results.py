@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -29,9 +30,17 @@ FOLDER = SCRIPTS / "results"
 
 
 def read(folder: Path, benchmark: str) -> list[dict[str, Any]]:
-    """All rows of one benchmark, the oldest first."""
+    """All rows of one benchmark, the oldest first; what is in them is not to be changed."""
     file = folder / f"{benchmark}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not file.exists():
+        return []
+    state = file.stat()
+    return [*_rows(file, state.st_mtime_ns, state.st_size)]
+
+
+@functools.lru_cache(maxsize=16)
+def _rows(file: Path, changed: int, size: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def latest(folder: Path, benchmark: str, settings: dict[str, Any]) -> dict[str, Any] | None:
