@@ -101,7 +101,7 @@ def next_runs(
 
 
 def measure(s: Settings, runs: sweep.Sweep, known: str | None) -> dict[str, Any] | None:
-    if (program := results.fingerprint(runs.lowered)) == known:
+    if (program := results.fingerprint(runs.lowered)) == known and not s.save:
         return None
     task = runs.task
     tried: dict[sweep.Run, sweep.Outcome] = {}

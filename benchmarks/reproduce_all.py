@@ -3,7 +3,8 @@
     python benchmarks/reproduce_all.py --data DATA --models MODELS --limit 540
 
 A row is a process of its own. Several share a GPU, where one trains while the others compile. What
-is running at the limit is stopped, and begins anew with the next call.
+is running at the limit is stopped, and begins anew with the next call. DATA and MODELS are those of
+reproduce.py; the T5 is made here where MODELS has none, and its rows wait for it.
 """
 
 import dataclasses
@@ -12,11 +13,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any, NamedTuple
 
 import jax
@@ -43,10 +44,11 @@ class Settings:
 class Job(NamedTuple):
     title: str
     command: tuple[str, ...]  # of Python
+    model: Path | None = None  # folder that must be there before
 
 
 def jobs(s: Settings) -> list[Job]:
-    """The rows that are not there, each once."""
+    """The rows that are not there, each once, and before them the model that some want."""
     found: dict[tuple[str, ...], Job] = {}
     for experiment in s.experiments:
         for sweep in paper.sweeps(experiment):
@@ -55,10 +57,23 @@ def jobs(s: Settings) -> list[Job]:
             there = claims.rows_of(s.results, sweep)
             for variant in (name for name in sweep.variants if name not in there):
                 own = reproduce.arguments(sweep, s.data, s.models) | {"variants": (variant,)}
-                command = (str(results.SCRIPTS / "quality.py"), *flags(own))
-                command += ("--results", str(s.results.absolute()))
-                found.setdefault(command, Job(f"{experiment}, {sweep.task}: {variant}", command))
-    return [*found.values()]
+                title = f"{experiment}, {sweep.task}: {variant}"
+                job = Job(title, script(s, own), Path(own["model"]) if own["model"] else None)
+                found.setdefault(job.command, job)
+    model = s.models / paper.MODELS["t5"]
+    wanted = any(job.model == model for job in found.values()) and not model.exists()
+    return [*([pretraining(s, model)] if wanted else []), *found.values()]
+
+
+def pretraining(s: Settings, model: Path) -> Job:
+    own = reproduce.arguments(paper.Sweep("denoising", ()), s.data, s.models)
+    own |= {"variants": ("none+float32",), "seeds": 1, "save": model}
+    return Job(f"denoising: {model.name}", script(s, own))
+
+
+def script(s: Settings, arguments: dict[str, Any]) -> tuple[str, ...]:
+    own = (*flags(arguments), "--results", str(s.results.absolute()))
+    return str(results.SCRIPTS / "quality.py"), *own
 
 
 def flags(arguments: dict[str, Any]) -> Iterator[str]:
@@ -69,14 +84,49 @@ def flags(arguments: dict[str, Any]) -> Iterator[str]:
             yield from (f"--{name.replace('_', '-')}", *map(str, values))
 
 
-def work(queue: Queue[Job], gpu: int, end: float) -> None:
+class Queue:
+    """Jobs in their order, but for those whose model is not made yet."""
+
+    def __init__(self, jobs: list[Job]):
+        self._left, self._lock = [*jobs], threading.Lock()
+        self._made = {job.model for job in jobs if job.model is None or job.model.exists()}
+        self._making = [job for job in jobs if "--save" in job.command]
+
+    def take(self) -> Job | None:
+        """The next one that can run. None: there is none, unless `waits`."""
+        with self._lock:
+            for job in self._left:
+                if job.model in self._made:
+                    self._left.remove(job)
+                    return job
+        return None
+
+    def done(self, job: Job) -> None:
+        """What it has made is there now, whole."""
+        if job in self._making:
+            with self._lock:
+                self._making.remove(job)
+                self._made |= {j.model for j in self._left if j.model and j.model.exists()}
+
+    def waits(self) -> bool:
+        return bool(self._left and self._making)
+
+    def missing(self) -> set[Path]:
+        """Models that are neither there nor made."""
+        made = {Path(job.command[job.command.index("--save") + 1]) for job in self._making}
+        return {job.model for job in self._left if job.model} - self._made - made
+
+
+def work(queue: Queue, gpu: int, end: float) -> None:
     """Run one job after another, until there is none or the time is up."""
     while (left := end - time.monotonic()) > 0:
-        try:
-            job = queue.get_nowait()
-        except Empty:
+        if job := queue.take():
+            print(f"{job.title}: {run(job, gpu, left)}", flush=True)
+            queue.done(job)
+        elif queue.waits():
+            time.sleep(1)
+        else:
             return
-        print(f"{job.title}: {run(job, gpu, left)}", flush=True)
 
 
 def run(job: Job, gpu: int, limit: float) -> str:
@@ -95,10 +145,10 @@ def run(job: Job, gpu: int, limit: float) -> str:
 
 def main(s: Settings) -> None:
     end = time.monotonic() + s.limit
-    queue: Queue[Job] = Queue()
-    for job in jobs(s):
-        queue.put(job)
-    print(f"{queue.qsize()} rows to train", flush=True)
+    queue = Queue(todo := jobs(s))
+    for model in queue.missing():
+        sys.exit(f"error: models must have {model.name}, {model} is not there: see reproduce.py")
+    print(f"{len(todo)} to train", flush=True)
     gpus = results.isolated(count_gpus)["count"]
     results.device()  # once, for all processes
     # Memory goes back to the GPU between a row's programs: others need it meanwhile.
@@ -106,7 +156,7 @@ def main(s: Settings) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     with ThreadPoolExecutor(gpus * s.each) as pool:
         [*pool.map(functools.partial(work, queue, end=end), [*range(gpus)] * s.each)]
-    print(f"{len(jobs(s))} rows are left", flush=True)
+    print(f"{len(jobs(s))} are left", flush=True)
 
 
 def count_gpus() -> dict[str, int]:

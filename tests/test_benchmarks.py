@@ -1,7 +1,10 @@
 """What the benchmarks rest on: variants, baselines, sweeps, and figures that come from results."""
 
+import functools
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -393,6 +396,38 @@ def test_all_that_is_not_there_is_trained_once(tmp_path):
         with (tmp_path / "quality.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
     assert reproduce_all.jobs(given) == made[:1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rows_wait_for_the_model_that_they_fine_tune(fails, tmp_path, monkeypatch, capsys):
+    given = reproduce_all.Settings(
+        models=tmp_path / "models", experiments=("2a", "5"), results=tmp_path
+    )
+    first, *others = reproduce_all.jobs(given)
+    assert not reproduce_all.Queue([first, *others]).missing()
+    assert reproduce_all.Queue(others).missing() == {given.models / "t5"}
+    settings = tyro.cli(quality.Settings, args=first.command[1:])
+    assert (settings.task, settings.save) == ("denoising", given.models / "t5")
+    ran = []
+
+    def run(job, gpu, left):
+        if job == first:
+            (given.models / "t5").mkdir(parents=True)
+            time.sleep(1.5)  # not whole yet
+            if fails:
+                (given.models / "t5").rmdir()
+        ran.append(job)
+        return "so"
+
+    monkeypatch.setattr(reproduce_all, "run", run)
+    queue, end = reproduce_all.Queue([first, *others]), time.monotonic() + 60
+    with ThreadPoolExecutor(3) as pool:
+        [*pool.map(functools.partial(reproduce_all.work, queue, end=end), range(3))]
+    after = ran[ran.index(first) :]
+    assert all(job in after for job in ran if job.model)
+    assert {*ran} == {job for job in (first, *others) if not (fails and job.model)}
+    if not fails:
+        assert reproduce_all.jobs(given) == others
 
 
 @pytest.mark.parametrize(
