@@ -5,6 +5,7 @@ import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -396,6 +397,29 @@ def test_all_that_is_not_there_is_trained_once(tmp_path):
         with (tmp_path / "quality.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
     assert reproduce_all.jobs(given) == made[:1]
+
+
+def test_weights_that_are_asked_for_are_written_though_their_row_is_there(tmp_path):
+    written = []
+    task = SimpleNamespace(
+        learning_rates=(1.0,),
+        at_once=1,
+        updates=1,
+        score=lambda params: {},
+        save=lambda params, folder: written.append((params, folder)),
+    )
+    runs = SimpleNamespace(
+        task=task,
+        lowered=SimpleNamespace(as_text=lambda: "program"),
+        bytes={},
+        seconds=1.0,
+        train=lambda runs: [sweep.Outcome(1.0, 1.0, run) for run in runs],
+    )
+    known = results.fingerprint(runs.lowered)
+    given = {"task": "denoising", "seeds": 1}
+    assert quality.measure(quality.Settings(**given), runs, known) is None
+    assert quality.measure(quality.Settings(**given, save=tmp_path), runs, known)
+    assert (sweep.Run(1.0, 0), tmp_path) in written
 
 
 @pytest.mark.parametrize("fails", [False, True])
