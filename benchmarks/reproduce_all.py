@@ -44,7 +44,8 @@ class Settings:
 class Job(NamedTuple):
     title: str
     command: tuple[str, ...]  # of Python
-    model: Path | None = None  # folder that must be there before
+    model: Path | None = None  # folder that it reads
+    makes: Path | None = None  # folder that it writes
 
 
 def jobs(s: Settings) -> list[Job]:
@@ -68,7 +69,7 @@ def jobs(s: Settings) -> list[Job]:
 def pretraining(s: Settings, model: Path) -> Job:
     own = reproduce.arguments(paper.Sweep("denoising", ()), s.data, s.models)
     own |= {"variants": ("none+float32",), "seeds": 1, "save": model}
-    return Job(f"denoising: {model.name}", script(s, own))
+    return Job(f"denoising: {model.name}", script(s, own), makes=model)
 
 
 def script(s: Settings, arguments: dict[str, Any]) -> tuple[str, ...]:
@@ -85,36 +86,33 @@ def flags(arguments: dict[str, Any]) -> Iterator[str]:
 
 
 class Queue:
-    """Jobs in their order, but for those whose model is not made yet."""
+    """Jobs in their order, but for those whose model is being made."""
 
     def __init__(self, jobs: list[Job]):
         self._left, self._lock = [*jobs], threading.Lock()
-        self._made = {job.model for job in jobs if job.model is None or job.model.exists()}
-        self._making = [job for job in jobs if "--save" in job.command]
+        self._making = {job.makes for job in jobs if job.makes}
 
     def take(self) -> Job | None:
         """The next one that can run. None: there is none, unless `waits`."""
         with self._lock:
             for job in self._left:
-                if job.model in self._made:
+                if job.model is None or (job.model not in self._making and job.model.exists()):
                     self._left.remove(job)
                     return job
         return None
 
     def done(self, job: Job) -> None:
-        """What it has made is there now, whole."""
-        if job in self._making:
-            with self._lock:
-                self._making.remove(job)
-                self._made |= {j.model for j in self._left if j.model and j.model.exists()}
+        """What it makes is there now, whole, unless it failed."""
+        if job.makes:
+            self._making.discard(job.makes)
 
     def waits(self) -> bool:
         return bool(self._left and self._making)
 
     def missing(self) -> set[Path]:
         """Models that are neither there nor made."""
-        made = {Path(job.command[job.command.index("--save") + 1]) for job in self._making}
-        return {job.model for job in self._left if job.model} - self._made - made
+        models = {job.model for job in self._left if job.model} - self._making
+        return {model for model in models if not model.exists()}
 
 
 def work(queue: Queue, gpu: int, end: float) -> None:

@@ -35,7 +35,7 @@ def _pilot(folder: Path) -> Iterator[list[str]]:
         for method in rows[0]["methods"]
     }
     means = {method: statistics.mean(own) for method, own in losses.items()}
-    spread = max(max(losses[m]) - min(losses[m]) for m in ("lora_b", "rp"))
+    spread = max(_spread(losses[m]) for m in ("lora_b", "rp"))
     apart = abs(means["lora_b"] - means["rp"])
     yield [
         "LoRA(B) is a random projection",
@@ -108,21 +108,21 @@ def _quality(folder: Path, name: str, task: str) -> Iterator[list[str]]:
     own = paper.TABLES[name]
     scores, score = scores_of(folder, own, task), own.scores[task]
     means = {key: statistics.mean(values) for key, values in scores.items()}
-    halves = {key: (max(values) - min(values)) / 2 for key, values in scores.items()}
+    spreads = {key: _spread(values) for key, values in scores.items()}
     better = -1 if score == paper.LOSS else 1  # the sign of a difference for the better
     where, places = f"Table {name}, {task}", digits(own, task)
     for method in ("paper", "florax"):
         ranks = sorted((share, key) for key in means if (share := key[1]) and key[0] == method)
         if len(ranks) > 1:
             values = [means[key] for _, key in ranks]
-            slack = max(halves[key] for _, key in ranks)
+            slack = max(spreads[key] for _, key in ranks) / 2
             grows = all(better * (b - a) > -slack for a, b in itertools.pairwise(values))
             label = "FLORA" if method == "paper" else "florax"
             told = ", ".join(f"{x:.{places}f}" for x in values)
             yield [f"{label}: quality grows with the rank", where, _verdict(grows), told]
             top, naive = ranks[-1][1], ("naive", None)
             if naive in means and top[1] == max(row.share or 0 for row in _rows(own)):
-                near = NEAR.get(score, 2 * max(halves[top], halves[naive]))
+                near = NEAR.get(score, max(spreads[top], spreads[naive]))
                 apart = means[top] - means[naive]
                 claim = f"{label}: the largest rank is within {near:.2g} of full size"
                 holds = better * apart >= -near
@@ -175,7 +175,7 @@ def _residual(folder: Path, where: str, sweep: paper.Sweep) -> Iterator[list[str
     none, full, high, low = (
         statistics.mean(losses[name]) for name in ("none", "none+float32", worst, best)
     )
-    spread = max(max(values) - min(values) for values in (losses["none"], losses[worst]))
+    spread = max(_spread(losses[name]) for name in ("none", worst))
     claim = "with residual no rank is worse than no momentum"
     told = f"{high:.3f} with {_rank(worst)}; none {none:.3f}, seeds within {spread:.3f}"
     yield [claim, where, _verdict(high <= none + spread), told]
@@ -193,7 +193,7 @@ def _frontier(folder: Path, where: str, sweep: paper.Sweep) -> Iterator[list[str
     if not {full, few} <= rows.keys():
         return
     low, high = (statistics.mean(rows[name]["losses"]) for name in (full, few))
-    spread = max(max(own) - min(own) for own in (rows[full]["losses"], rows[few]["losses"]))
+    spread = max(_spread(rows[name]["losses"]) for name in (full, few))
     part = state_bytes(rows[full]) / state_bytes(rows[few])
     claim = "half of the width in 4 bits, of both buffers, is as good as full size"
     told = f"{high:.3f} and {low:.3f}, seeds within {spread:.3f}; 1/{part:.0f} of the bytes"
@@ -224,6 +224,11 @@ def _edge(where: str, rows: dict[str, Row], names: list[str]) -> Iterator[list[s
     if own:
         claim = "florax has the least loss for its bytes, below 1/8 of the parameters'"
         yield [claim, where, _verdict(not beaten), told]
+
+
+def _spread(values: list[float]) -> float:
+    """How far the seeds are apart."""
+    return max(values) - min(values)
 
 
 def _verdict(holds: bool) -> str:

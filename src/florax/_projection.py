@@ -253,8 +253,7 @@ def orthonormal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         both = jax.lax.linalg.triangular_solve(factor, both, lower=True, transpose_a=True)
         return both[:rows], both[rows:]
 
-    basis, factors = jax.lax.scan(pass_over, matrix, jnp.array(_SHIFTS, matrix.dtype))
-    return basis, factors
+    return jax.lax.scan(pass_over, matrix, jnp.array(_SHIFTS, matrix.dtype))
 
 
 def transfer(sketch: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
