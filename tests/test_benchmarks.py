@@ -29,7 +29,7 @@ import tyro
 import florax
 import quality
 import reproduce_all
-from florax_benchmarks import baselines, pages, paper, results, sweep, tasks, variants
+from florax_benchmarks import baselines, pages, paper, plots, results, sweep, tasks, variants
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -119,12 +119,30 @@ def test_other_names_are_refused(name):
         variants.parse(name)
 
 
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("none", "none"),
+        ("int8", "full size"),
+        ("bfloat16+float32", "full size"),
+        ("none+128-int8", "florax, one side"),
+        ("int4+128-int4", "florax, accumulator of full size"),
+        ("128-both-int4+128-int4", "florax, both sides"),
+        ("128-paper+128-paper", "FLORA as published"),
+        ("unfactored-lora-8/float32", "LoRA"),
+        ("apollo-mini/float32", "APOLLO"),
+    ],
+)
+def test_pictures_call_a_variant_by_its_accumulator(name, expected):
+    assert plots.family(name) == expected
+
+
 def test_all_variants_of_the_papers_tables_have_names():
     for experiment in paper.EXPERIMENTS:
         for own in paper.sweeps(experiment):
             assert own.task in tasks.SHIPPED
             for name in own.variants:
-                variants.parse(name)
+                assert plots.family(name) in plots.FAMILIES
             assert len(set(own.variants)) == len(own.variants)
 
 

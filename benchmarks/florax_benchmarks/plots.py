@@ -18,6 +18,7 @@ from florax_benchmarks.tables import Row, state_bytes
 FAMILIES = {  # of variants, by what their names have: how each is drawn
     "florax, both sides": ("tab:blue", "o"),
     "florax, one side": ("tab:cyan", "s"),
+    "florax, accumulator of full size": ("tab:purple", "p"),
     "FLORA as published": ("tab:orange", "^"),
     "full size": ("black", "D"),
     "LoRA": ("tab:red", "v"),
@@ -37,6 +38,8 @@ def family(name: str) -> str:
     if variants.has_adapters(v.base):
         return "LoRA"
     kinds = [buffer.kind for buffer in (v.accumulator, v.momentum) if buffer]
+    if kinds == ["full", "smaller"]:
+        return "florax, accumulator of full size"
     for kind, label in (
         ("paper", "FLORA as published"),
         ("both", "florax, both sides"),
@@ -54,7 +57,7 @@ def frontier(rows: list[Row], path: Path, unit: str) -> None:
     for r in rows:
         name = r["settings"]["variant"]
         dtype = re.search(r"(int\d+|bfloat16)", name)
-        label = family(name), f" in {dtype[0]}" if dtype and "size" not in family(name) else ""
+        label = family(name), f" in {dtype[0]}" if dtype and family(name) != "full size" else ""
         losses = r["losses"]
         share = state_bytes(r) / r["parameter_bytes"]
         spread = (max(losses) - min(losses)) / 2

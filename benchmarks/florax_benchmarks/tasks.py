@@ -218,7 +218,7 @@ def _denoising(data: Sequence[str]) -> Task:
         micro_batch=64,
         accumulate=1,
         updates=15_000,
-        learning_rates=(2e-3,),
+        learning_rates=(1e-3,),
         resample_every=100,
         at_once=1,
         save=save,
