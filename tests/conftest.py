@@ -21,6 +21,10 @@ os.environ.setdefault("NPROC", "32")
 import jax
 import pytest
 
+# XLA's optimizations take most of the time that it compiles, and tests are about values: without
+# them the same products come out the same. Tests of what XLA makes of a program name `optimized`.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def free_compiled_programs():
@@ -30,17 +34,8 @@ def free_compiled_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def compile_quickly():
-    """Without XLA's optimizations, which take most of the time: for tests that do not need them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture
-def optimized(compile_quickly):
+def optimized():
     """What is compiled in a test that names it is compiled as ever: products and sums are fused."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -12,18 +12,10 @@ import numpy as np
 import optax
 import pytest
 import reference
+from draws import normal
 from numpy.testing import assert_allclose, assert_array_equal
 
 import florax
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed; those of bits name `optimized`."""
-
-
-def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 def run(tx, grads):

@@ -1,6 +1,7 @@
 """Layers along another axis than the first: the same training, of parameters stored otherwise."""
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,13 +15,8 @@ LAYERS, WIDTH, INNER = 3, 8, 12
 CLOSE = dict(rtol=2e-5, atol=5e-6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
-
-
 def normal(seed, *shape):
-    return 0.3 * jax.random.normal(jax.random.key(seed), shape)
+    return draws.normal(seed, *shape, scale=0.3)
 
 
 # One axis fewer, as many, and two batch axes; `square` could be a stack along either.

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,6 @@ import florax
 import quality
 import reproduce_all
 from florax_benchmarks import baselines, pages, paper, plots, results, sweep, tasks, variants
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 # Figures.
 
@@ -152,8 +151,7 @@ def test_all_variants_of_the_papers_tables_have_names():
 def test_apollo_scales_rows_by_what_adam_does_to_a_sketch():
     key, rank = jax.random.key(3), 4
     params = {"w": jnp.ones((6, 9)), "b": jnp.ones(6)}
-    grads = [jax.tree.map(lambda p, i=i: jax.random.normal(jax.random.key(i), p.shape), params)
-             for i in range(3)]  # fmt: skip
+    grads = [draws.normal_like(i, params) for i in range(3)]
     tx = baselines.apollo(0.1, rank, lambda path, leaf: leaf.ndim == 2, key)
     state, adam = tx.init(params), optax.adam(0.1)
     adam_state = adam.init(params)
@@ -179,7 +177,7 @@ def test_apollo_scales_rows_by_what_adam_does_to_a_sketch():
 
 @pytest.mark.parametrize("rank", [2, None], ids=["APOLLO", "Mini"])
 def test_apollo_takes_stacked_matrices_one_by_one(rank):
-    w = jax.random.normal(jax.random.key(0), (3, 8, 5))
+    w = draws.normal(0, 3, 8, 5)
     key = jax.random.key(0)
     tx = baselines.apollo(0.1, rank, lambda path, leaf: leaf.ndim > 1, key)
     together, _ = tx.update({"w": w}, tx.init({"w": w}), {"w": w})
@@ -205,9 +203,7 @@ def test_adapters_begin_at_the_parameters_and_train_all_but_matrices():
     shapes = jax.tree.map(jnp.shape, own.trained["adapters"])
     assert shapes == {"['layers']['up']": {"a": (2, 6, 3), "b": (2, 3, 8)}}
     assert own.trained["rest"].keys() == {"['embed']", "['layers']['norm']"}
-    w, a, b = (
-        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(6, 8), (6, 3), (3, 8)])
-    )
+    w, a, b = (draws.normal(i, *s) for i, s in enumerate([(6, 8), (6, 3), (3, 8)]))
     x = jnp.ones((4, 6))
     assert_allclose(x @ baselines.Factored(w, a, b), x @ (w + a @ b), rtol=1e-5, atol=1e-5)
 

@@ -6,6 +6,7 @@ import math
 import pickle
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +19,6 @@ import florax
 from florax import _sketches
 
 INTEGERS = {jnp.int8: 8, jnp.int4: 4, jnp.int2: 2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
 
 
 def full_size(path, leaf):
@@ -50,7 +46,7 @@ PARAMS["layer"][0]["kernel"] = PARAMS["layer"][0]["kernel"].reshape(12, 20)
 
 
 def gradients(seed, like=None):
-    return optax.tree.random_like(jax.random.key(seed), PARAMS if like is None else like)
+    return draws.normal_like(seed, PARAMS if like is None else like)
 
 
 @functools.cache
@@ -477,7 +473,7 @@ def test_the_base_optimizer_sees_the_mean_within_the_scales_of_its_roundings(dty
     bits = INTEGERS[dtype]
     tx = accumulate(full_size, dtype, every=count, use_grad_mean=use_grad_mean)
     params, block = jnp.zeros(size), block_of_each(size, bits)
-    grads = np.asarray(jax.random.normal(jax.random.key(0), (count, size)))
+    grads = np.asarray(draws.normal(0, count, size))
     state, allowed = tx.init(params), np.zeros(size)
     for n, grad in enumerate(grads, 1):
         updates, state = compiled(tx.update)(grad, state, params)
@@ -496,7 +492,7 @@ def test_the_base_optimizer_sees_the_mean_within_the_scales_of_its_roundings(dty
 
 def test_8_bits_are_right_on_average_over_base_keys():
     """The mean over many keys of the roundings is what float32 accumulates."""
-    count, grads = 500, jax.random.normal(jax.random.key(1), (3, 240))
+    count, grads = 500, draws.normal(1, 3, 240)
 
     def end(dtype, key):
         tx = accumulate(full_size, dtype, key=key)
@@ -540,9 +536,9 @@ def test_a_whole_step_on_a_mesh_is_that_of_one_device(rank, bits, kind):
     """Rank 8 is shorter than a block, which then has several rows, of several devices."""
     width = 64
     params = {
-        "embed": jax.random.normal(jax.random.key(0), (16, width)) / 4,
-        "up": jax.random.normal(jax.random.key(1), (3, width, 2 * width)) / 8,
-        "down": jax.random.normal(jax.random.key(2), (3, 2 * width, width)) / 8,
+        "embed": draws.normal(0, 16, width) / 4,
+        "up": draws.normal(1, 3, width, 2 * width) / 8,
+        "down": draws.normal(2, 3, 2 * width, width) / 8,
     }
     divided = {"embed": P("data"), "up": P(None, "data"), "down": P(None, "data")}
 
@@ -556,7 +552,7 @@ def test_a_whole_step_on_a_mesh_is_that_of_one_device(rank, bits, kind):
     opt = florax.per_layer(optax.sgd(1.0), {"embed": False, "up": True, "down": True})
     tx = florax.flora_accumulate(opt, 4, lambda path, leaf: rank, accumulator_dtype=bits)
     step = jax.jit(florax.value_and_update(loss_fn, tx))
-    x = jax.random.normal(jax.random.key(3), (4, 8, 16))
+    x = draws.normal(3, 4, 8, 16)
     expected = step(params, tx.init(params), x)[1]
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(KINDS[kind],) * 2)
     with jax.set_mesh(mesh):

@@ -5,6 +5,7 @@ import functools
 import math
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +18,6 @@ from numpy.testing import assert_array_equal
 
 import florax
 from florax import _projection, _sketches, _sums
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
 
 
 def accumulate(opt=None, every_k_schedule=2, rank=5, **arguments):
@@ -371,11 +367,7 @@ def test_how_many_matrices_are_solved_for_at_once_makes_no_difference(monkeypatc
     tx = accumulate(
         every_k_schedule=1, dimension_numbers=lambda path, leaf: STACK if leaf.ndim == 3 else None
     )
-    keys = jax.random.split(jax.random.key(5))
-    grads = {
-        "layers": jax.random.normal(keys[0], (5, 20, 12)),
-        "single": jax.random.normal(keys[1], (20, 12)),
-    }
+    grads = {"layers": draws.normal(0, 5, 20, 12), "single": draws.normal(1, 20, 12)}
     wanted, _ = tx.update(grads, tx.init(grads))
     monkeypatch.setattr(_sums, "_TOGETHER", 4 * together * 8 * 12)  # bytes of R, and of B nearly
     got, _ = tx.update(grads, tx.init(grads))
@@ -405,7 +397,7 @@ def test_both_projections_of_a_square_matrix_are_independent():
 
 
 def test_the_same_key_gives_the_same_and_another_key_another():
-    g = jax.random.normal(jax.random.key(0), (20, 12))
+    g = draws.normal(0, 20, 12)
 
     update = jax.jit(accumulate(every_k_schedule=1).update)
 
@@ -419,7 +411,7 @@ def test_the_same_key_gives_the_same_and_another_key_another():
 def test_the_sum_of_sketches_is_the_sketch_of_the_sum():
     """And so of a mean; the updates, too, are those of the sum at once."""
     tx, one = accumulate(use_grad_mean=False), accumulate(None, 1, use_grad_mean=False)
-    grads = jax.random.normal(jax.random.key(0), (2, 20, 12))
+    grads = draws.normal(0, 2, 20, 12)
     state = tx.init(grads[0])
     add = jax.jit(functools.partial(florax.accumulate, tx))
     after = [add(g, state).sketch.arrays for g in (*grads, grads.sum(0))]
@@ -523,7 +515,7 @@ BY_DAY = {("masked", jnp.int8, jnp.float32)}
 
 
 def gradients(seed, like=PARAMS):
-    return optax.tree.random_like(jax.random.key(seed), like)
+    return draws.normal_like(seed, like)
 
 
 @pytest.mark.parametrize(
@@ -684,7 +676,7 @@ def test_devices_may_accumulate_by_themselves_and_share_only_sketches():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     params = {"kernel": jnp.zeros((16, 24))}
     tx = accumulate(optax.sgd(1.0), rank=6)
-    grads = jax.random.normal(jax.random.key(0), (8, 2, 16, 24))
+    grads = draws.normal(0, 8, 2, 16, 24)
 
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P())

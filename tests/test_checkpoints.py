@@ -17,7 +17,6 @@ import florax
 with contextlib.suppress(ImportError):  # it knows of states that are made after it was imported
     import flax.serialization  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 MOMENTUM = dict(rank=3, resample_every=2)
 ACCUMULATE = dict(rank=3, every_k_schedule=3)

@@ -32,8 +32,6 @@ from florax_examples.models.checkpoints import CheckpointError
 from florax_examples.models.generation import greedy
 from florax_examples.models.llama import Llama, LlamaConfig, _frequencies, _rotate
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 TEXTS = ["Three 333 and 4567 words, it's so.", "  two  spaces\n\n日本語 ∑", "<|start|>words<|end|>"]
 SPECIAL = ["<|end|>", "<|start|>"]
 TEMPLATE = "{% for message in messages %}<|start|>{{ message['content'] }}<|end|>{% endfor %}"

@@ -3,6 +3,7 @@
 import collections
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +18,7 @@ PARAMS = {
     "matrix": jnp.ones((12, 8)),
 }
 STACKED = {"bias": False, "layers": True, "matrix": False}
-GRADIENTS = optax.tree.random_like(jax.random.key(0), PARAMS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
+GRADIENTS = draws.normal_like(0, PARAMS)
 
 
 def accumulate(opt, **arguments):
@@ -34,7 +30,7 @@ def loss_fn(params, x):
     return jnp.mean((x @ params["matrix"] + params["bias"]) ** 2)
 
 
-X = jax.random.normal(jax.random.key(1), (2, 4, 12))
+X = draws.normal(1, 2, 4, 12)
 
 # --- nothing moves where nothing came
 
@@ -284,7 +280,8 @@ def test_layer_by_layer_gives_aux_and_takes_extra_arguments():
     step = florax.value_and_update(with_aux, tx, has_aux=True, layerwise=True)
     (loss, aux), params, _ = step(PARAMS, tx.init(PARAMS), X[0], factor=2.0)
     assert aux["name"] == "of the batch"
-    np.testing.assert_allclose(aux["mean"], jnp.mean(X[0]))
+    # A sum of 48 numbers, below 16, in another order.
+    np.testing.assert_allclose(aux["mean"], jnp.mean(X[0]), rtol=0, atol=2**-20)
     value, grads = jax.value_and_grad(loss_fn)(PARAMS, X[0])
     np.testing.assert_allclose(loss, value, rtol=1e-6)
     expected = jax.tree.map(lambda p, g: p - 2 * value * g, PARAMS, grads)

@@ -17,6 +17,9 @@ from numpy.testing import assert_array_equal, assert_array_max_ulp
 
 import florax
 
+# Users' programs are optimized, and so the bits of their projections.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 KERNEL, LAYERS = "['kernel']", "['layers']"
 PARAMS = {
     "kernel": jnp.zeros((24, 16)),
@@ -194,7 +197,7 @@ trained = b"".join(bytes(memoryview(jax.device_get(x))) for x in jax.tree.leaves
 """
 
 
-def test_training_in_another_process_gives_the_same_bits(compile_quickly):
+def test_training_in_another_process_gives_the_same_bits():
     """With one device instead of eight, other hashes of strings, and another default PRNG."""
     environment = {"XLA_FLAGS": "", "PYTHONHASHSEED": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}
     command = TRAIN + "\nimport hashlib; print(hashlib.sha256(trained).hexdigest())"
@@ -206,5 +209,5 @@ def test_training_in_another_process_gives_the_same_bits(compile_quickly):
         check=True,
     )
     here = {}
-    exec(TRAIN, here)  # with `compile_quickly`, which restores the setting
+    exec(TRAIN, here)
     assert there.stdout.strip() == hashlib.sha256(here["trained"]).hexdigest()

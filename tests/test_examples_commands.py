@@ -39,7 +39,6 @@ from florax_examples.models.t5 import T5
 from florax_examples.models.vit import ViT
 
 # Runs of a few steps: most of their time is that of the compiler.
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 REPOSITORY = Path(__file__).parents[1]
 READMES = (REPOSITORY / "README.md", REPOSITORY / "examples/README.md")

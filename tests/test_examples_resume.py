@@ -56,7 +56,6 @@ from florax_examples.report import as_json
 from florax_examples.resume import Checkpoints
 
 # Runs of a few steps: most of their time is that of the compiler.
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def assert_same_end(found, expected):

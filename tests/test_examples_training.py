@@ -20,7 +20,6 @@ from florax_examples.losses import chunked_cross_entropy
 from florax_examples.report import format_table, human
 
 # Runs of a few steps: most of their time is that of the compiler.
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import re
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,6 @@ import florax
 from florax import _sketches
 
 eqx = pytest.importorskip("equinox", reason="equinox comes with the extra `test`")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
 
 
 def momentum(rank=3, **arguments):
@@ -41,7 +37,7 @@ class Linear(eqx.Module):
 
 MODEL = Linear(jnp.ones((12, 8)), jnp.ones(8), jnp.tanh)
 ARRAYS = eqx.filter(MODEL, eqx.is_inexact_array)
-X = jax.random.normal(jax.random.key(0), (4, 12))
+X = draws.normal(0, 4, 12)
 
 
 @eqx.filter_grad
@@ -225,7 +221,7 @@ def test_every_layer_has_noise_of_its_own(noise):
 
 def test_every_layer_of_an_accumulation_has_projections_of_its_own():
     tx = florax.per_layer(accumulate(), True)
-    same = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (12, 8)), (3, 12, 8))
+    same = jnp.broadcast_to(draws.normal(0, 12, 8), (3, 12, 8))
     _, state = tx.update(same, tx.init(same), same)
     (sketch,) = _sketches.find(state, _sketches.Sketches)[:1]
     first, second, third = sketch.arrays

@@ -7,6 +7,7 @@ unstacked layers; with and without micro-batches that are skipped.
 import itertools
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import losses
@@ -21,13 +22,8 @@ HEIGHT, WIDTH, INNER = 3, 8, 12
 CLOSE = dict(rtol=2e-5, atol=5e-6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
-
-
 def normal(seed, *shape):
-    return 0.3 * jax.random.normal(jax.random.key(seed), shape)
+    return draws.normal(seed, *shape, scale=0.3)
 
 
 PARAMS = {

@@ -3,6 +3,7 @@
 import itertools
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,18 +15,12 @@ from jax.sharding import AxisType
 import florax
 from florax import _stacks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
-
-
 # Three steps of a handful of float32 products and an optimizer's division by a root.
 CLOSE = dict(rtol=2e-5, atol=2e-6)
 
 
 def normal(seed, *shape):
-    return 0.2 * jax.random.normal(jax.random.key(seed), shape)
+    return draws.normal(seed, *shape, scale=0.2)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import math
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +21,6 @@ def plan(params, rank=3, side="smaller", projection="gaussian", dimension_number
 
 def shapes_of(**shapes):
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def normal_projection(leaf):
@@ -89,7 +87,7 @@ def test_a_leaf_is_a_stack_of_matrices_each_with_a_projection_of_its_own(geometr
 def test_a_stack_is_compressed_as_its_matrices_would_be_alone(side):
     (stack,) = plan(jnp.zeros((2, 3, 12, 20)), side=side, dimension_numbers=Axes(2, 3, (0, 1)))
     (alone,) = plan(jnp.zeros((12, 20)), side=side)
-    gradient = jax.random.normal(jax.random.key(0), stack.shape)
+    gradient = draws.normal(0, *stack.shape)
     a = normal_projection(stack)
     sketch = stack.compress(gradient, a)
     again = stack.decompress(sketch, a)

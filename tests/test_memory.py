@@ -1,6 +1,6 @@
 """Memory of programs as they are compiled to be run: full-size gradients come one at a time.
 
-Here nothing compiles quickly, without XLA's optimizations: they decide where arrays are kept.
+XLA's optimizations decide where arrays are kept, so that nothing here is compiled without them.
 """
 
 import functools
@@ -11,6 +11,8 @@ import optax
 import pytest
 
 import florax
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 SIDE, RANK = 512, 8
 LEAF = SIDE * SIDE * 4  # bytes

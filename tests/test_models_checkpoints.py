@@ -25,7 +25,6 @@ from florax_examples.models.gpt2 import GPT2, GPT2Config
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"needs {REFERENCE}")
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TINY = GPT2Config(vocab_size=20, n_positions=6, n_embd=8, n_layer=3, n_head=2)
 UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)

@@ -18,8 +18,6 @@ from florax_examples.models.gpt2 import GPT2, GPT2Config
 VOCABULARY, NEW_TOKENS, PAD = 4, 3, 0
 PROMPTS = [[2, 3, 3, 1, 2], [3, 2]]
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 
 class Recurrent:
     """A network that remembers a state, of which axis 1 is the rows', and a context for each row.

@@ -25,7 +25,6 @@ from florax_examples.models.gpt2 import GPT2, PRESETS, GPT2Config
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"needs {REFERENCE}")
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 # Initial weights so large that attention matters and that no two logits are close.
 TINY = GPT2Config(

@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,6 @@ from florax_examples.models.llama import (
 SHARED = Path(__file__).parents[2] / "shared"
 REFERENCE = SHARED / "reference"
 DATA = SHARED / "data"
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"needs {REFERENCE}")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs {DATA}")
 
@@ -237,7 +237,7 @@ def test_lengths_out_of_range_are_refused(model):
 
 
 def test_rotation_multiplies_complex_numbers():
-    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
+    x = draws.normal(0, 1, 5, 2, 8)
     angles = jax.random.uniform(jax.random.key(1), (1, 5, 1, 4), maxval=6.0)
     turned = _rotate(x, jnp.cos(angles), jnp.sin(angles))
     expected = (x[..., :4] + 1j * x[..., 4:]) * jnp.exp(1j * angles)

@@ -2,6 +2,7 @@
 
 import functools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,6 @@ from flax import nnx
 
 from florax_examples.models import checkpoints, lora
 from florax_examples.models.gpt2 import GPT2, GPT2Config
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TINY = GPT2Config(
     vocab_size=50, n_positions=24, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3
@@ -53,7 +52,7 @@ def with_random_b(model):
     """As after some training, with A B as large as the kernels."""
     for i, (path, param) in enumerate(nnx.to_flat_state(nnx.state(model))):
         if path[-1] == "lora_b":
-            param[...] = 0.1 * jax.random.normal(jax.random.key(i), param.shape, param.dtype)
+            param[...] = draws.normal(i, *param.shape, scale=0.1, dtype=param.dtype)
     return model
 
 

@@ -30,7 +30,6 @@ needs_reference = pytest.mark.skipif(
     not REFERENCE.is_dir(), reason=f"needs the reference models in {REFERENCE}"
 )
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 BUCKETS = {"num_buckets": 8, "max_distance": 12}
 

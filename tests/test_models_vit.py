@@ -6,6 +6,7 @@ import functools
 import json
 from pathlib import Path
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,6 @@ needs_reference = pytest.mark.skipif(
     not REFERENCE.is_dir(), reason=f"needs the reference model in {REFERENCE}"
 )
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 # Initial weights so large that attention matters.
 TINY = ViTConfig(
@@ -62,7 +62,7 @@ def variant(model, *, stacked=False, **options):
 
 @pytest.fixture(scope="module")
 def pixels():
-    return jax.random.normal(jax.random.key(0), (2, 8, 12, 2))
+    return draws.normal(0, 2, 8, 12, 2)
 
 
 def reference_config(name="config.json"):
@@ -272,7 +272,7 @@ def test_what_is_no_image_is_refused(model, shape, dtype, message):
 def test_positions_of_twice_the_size_have_the_weights_of_a_cubic_kernel():
     # At a quarter between two of the four points around, with a = -0.75; derived by hand.
     quarter = np.array([-0.10546875, 0.87890625, 0.26171875, -0.03515625], np.float32)
-    positions = jax.random.normal(jax.random.key(0), (1, 1 + 6, 3))
+    positions = draws.normal(0, 1, 1 + 6, 3)
     larger = interpolate_positions(positions, (6, 1), (12, 1))
     np.testing.assert_array_equal(larger[:, 0], positions[:, 0])  # the class token's
     np.testing.assert_allclose(larger[0, 1 + 5], quarter @ positions[0, 2:6], rtol=1e-5, atol=1e-6)
@@ -282,5 +282,5 @@ def test_flat_positions_stay_flat_and_the_same_grid_is_left_alone():
     flat = jnp.ones((1, 1 + 12, 2))
     for new_grid in ((3, 4), (5, 9), (2, 1)):
         np.testing.assert_allclose(interpolate_positions(flat, (3, 4), new_grid), 1, rtol=1e-6)
-    positions = jax.random.normal(jax.random.key(0), (1, 1 + 12, 2))
+    positions = draws.normal(0, 1, 1 + 12, 2)
     assert interpolate_positions(positions, (3, 4), (3, 4)) is positions

@@ -11,16 +11,11 @@ import numpy as np
 import optax
 import pytest
 import reference
+from draws import normal
 from numpy.testing import assert_allclose
 
 import florax
 from florax import _projection
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
-
 
 VARIANTS = {
     "gaussian": dict(projection="gaussian"),
@@ -33,10 +28,6 @@ VARIANTS = {
 ALGORITHMS = {
     name: dict(residual="residual" in name, nesterov="nesterov" in name) for name in VARIANTS
 }
-
-
-def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 def run(tx, grads):

@@ -1,6 +1,6 @@
 """`flax.nnx.Optimizer` shows `init` its Variables and `update` their values: both are one leaf."""
 
-import jax
+import draws
 import jax.numpy as jnp
 import optax
 import pytest
@@ -35,7 +35,7 @@ def rank(path, leaf):
 def test_an_nnx_optimizer_trains_with_florax(tx):
     model = Network(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    x = jax.random.normal(jax.random.key(0), (64, 16))
+    x = draws.normal(0, 64, 16)
 
     @nnx.jit
     def step(model, optimizer):

@@ -6,17 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import normal
 from jax.extend.random import threefry_2x32
 from numpy.testing import assert_allclose, assert_array_equal
 
 from florax import _cipher, _projection
 
 PROJECTIONS = _projection.PROJECTIONS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed; those of bits name `optimized`."""
 
 
 def raw_key(seed):
@@ -31,10 +27,6 @@ def raw_keys(seed, count):
 def draw_many(projection, count, rank, size, seed=0):
     draw = jax.jit(jax.vmap(lambda key: _projection.draw(projection, key, rank, (size,))))
     return draw(raw_keys(seed, count))
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

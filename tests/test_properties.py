@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 import florax
 from florax import _dimensions
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SIZES = (5, 8, 3, 9, 6, 2, 1)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 STEPS = 4

@@ -8,16 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from draws import normal
 
 import florax
 from florax import _stacks
 
 LAYERS = 3
 STACK = florax.FloraDimensionNumbers(rows=1, columns=2, batch=0)
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 # Stacks of two heights, a matrix that is none, and a vector for each.
@@ -34,11 +31,6 @@ HEIGHTS = {"decoder": 2, "encoder": LAYERS}
 
 def momentum(**arguments):
     return florax.flora_momentum(3, resample_every=2, **arguments)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """And the same operations come out the same."""
 
 
 def run(tx, params=PARAMS, gradients=GRADIENTS):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draws import normal, normal_like
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,15 +24,6 @@ PARAMS = {
     "matrix": jnp.ones((12, 8)),
 }
 STACKED = {"bias": False, "layers": True, "matrix": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def rank(path, leaf):
@@ -55,7 +47,7 @@ def run(tx, gradients, params=PARAMS):
     return state
 
 
-GRADIENTS = [optax.tree.random_like(jax.random.key(seed), PARAMS) for seed in range(5)]
+GRADIENTS = [normal_like(seed, PARAMS) for seed in range(5)]
 
 # --- found and counted
 

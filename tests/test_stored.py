@@ -2,6 +2,7 @@
 
 import math
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,6 @@ import florax
 from florax import _stored
 
 INTEGERS = {8: jnp.int8, 4: jnp.int4, 2: jnp.int2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
 
 
 ALL_BITS = pytest.mark.parametrize("bits", INTEGERS)
@@ -39,8 +35,8 @@ def key(seed):
 
 def normal(seed, *shape):
     """Of several magnitudes: two neighbours may be far apart."""
-    own, magnitudes = jax.random.normal(jax.random.key(seed), (2, *shape))
-    return own * jnp.exp(2 * magnitudes)
+    own, magnitudes = np.asarray(draws.normal(seed, 2, *shape))
+    return jnp.asarray(own * np.exp(2 * magnitudes))
 
 
 def zeros(shape, bits):
@@ -252,7 +248,7 @@ def test_what_needs_no_rounding_is_kept_whatever_the_key(bits):
 @pytest.mark.parametrize("bits, even, expected", [(4, 7, 0.82), (2, 1, 0.42)])
 def test_levels_closer_near_zero_round_with_less_noise_than_even_ones(bits, even, expected):
     """The expected square of an error is the product of the distances to both neighbours."""
-    value = np.asarray(jax.random.normal(jax.random.key(13), (4000, 64)))
+    value = np.asarray(draws.normal(13, 4000, 64))
     errors = np.asarray(read(stored(value, bits)), np.float64) - value
     largest = abs(value).max(1, keepdims=True)
     part = value / largest * even % 1

@@ -6,6 +6,7 @@ The paper writes y = (W + B A) x, the layers here y = x (W + A B): its A is `lor
 import functools
 import math
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,8 @@ def is_matrix(path, leaf):
 def train_adapters(learning_rate, freeze_a=False):
     """SGD on one layer: A before and after, B after, and the weight's gradients on the way, in the
     paper's orientation and in float64."""
-    x = jax.random.normal(jax.random.key(0), (16, INPUTS))
-    target = jax.random.normal(jax.random.key(1), (16, OUTPUTS))
+    x = draws.normal(0, 16, INPUTS)
+    target = draws.normal(1, 16, OUTPUTS)
     model = nnx.Sequential(nnx.Linear(INPUTS, OUTPUTS, use_bias=False, rngs=nnx.Rngs(0)))
     lora.add(model, RANK, rngs=nnx.Rngs(1), where=is_matrix)
     graphdef, params, frozen = nnx.split(model, lora.trained(freeze_a=freeze_a), ...)
@@ -147,7 +148,7 @@ def draw_many(projection, count, rank, size):
 def test_norms_are_kept_as_lemma_2_3_says(projection, epsilon, delta):
     """With c = 2, that of a Gaussian vector's norm: P(|‖A x‖/‖x‖ − 1| > ε) < 2 exp(−ε² r / 2)."""
     rank, size, count = math.ceil(2 / epsilon**2 * math.log(2 / delta)), 512, 500
-    x = jax.random.normal(jax.random.key(1), (size,))
+    x = draws.normal(1, size)
     norms = jnp.linalg.norm(draw_many(projection, count, rank, size) @ x, axis=-1)
     outside = float((abs(norms / jnp.linalg.norm(x) - 1) > epsilon).mean())
     assert outside <= delta + 5 * math.sqrt(delta / count)  # five standard errors

@@ -9,12 +9,6 @@ import pytest
 
 import florax
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
-
-
 # Sums of at most 13 products of size 1, as one fused program and as many.
 CLOSE = dict(rtol=1e-5, atol=2e-6)
 

@@ -14,11 +14,6 @@ from jax.sharding import PartitionSpec as P
 import florax
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """And the same products come out the same: what is not sketched is exactly JAX's."""
-
-
 def some(names, slow):
     """Parameters of a test; the slow ones, whose like is among the others, run nightly."""
     marks = {True: pytest.mark.slow, False: ()}

@@ -19,11 +19,6 @@ KERNEL_AXES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """And the same products come out the same: what is not sketched is exactly JAX's."""
-
-
 # --- flax.nnx
 
 

@@ -12,11 +12,6 @@ hypothesis = pytest.importorskip("hypothesis", reason="hypothesis comes with the
 st = hypothesis.strategies
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
-
-
 # A program is a tuple of steps; a step takes activations, shape (tokens, width), to others. Its
 # weights, all square, have names; `layer` is the one of the scan that the step stands in.
 

@@ -30,11 +30,6 @@ BATCHES = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """These tests are about values, not about speed."""
-
-
 def loss_fn(params, x, words):
     """With a scanned stack, an embedding, which stays dense, and a head."""
     x = x + params["embed"][words]

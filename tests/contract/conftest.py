@@ -7,6 +7,7 @@ second call, so that a few calls meet every branch.
 import functools
 from typing import Any, NamedTuple
 
+import draws
 import jax
 import optax
 import pytest
@@ -67,11 +68,6 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly):
-    """The contract is about types and values, not about speed."""
-
-
 # What is much like another one runs by night.
 SLOW = {
     *("accumulate_adafactor", "accumulate_sgd_sum", "accumulate_both_sides", "masked", "momentum"),
@@ -118,13 +114,12 @@ def run(name):
 def make_params():
     """A dense leaf, a matrix and a stack of matrices whose projections are of one size."""
     shapes = {"bias": (8,), "kernel": (12, 8), "layers": (2, 8, 12)}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+    return {name: draws.normal(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
 
 
 @functools.cache
 def make_gradients():
-    return [optax.tree.random_like(jax.random.key(seed), make_params()) for seed in range(1, 6)]
+    return [draws.normal_like(seed, make_params()) for seed in range(1, 6)]
 
 
 class Run(NamedTuple):

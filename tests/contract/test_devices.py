@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import optax
@@ -175,7 +176,7 @@ def test_born_compressed_gradients_are_those_of_one_device(axis_type, side):
         return jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, params["layers"])[0] ** 2)
 
     def normal(seed, *shape):
-        return 0.3 * jax.random.normal(jax.random.key(seed), shape)
+        return draws.normal(seed, *shape, scale=0.3)
 
     params = {
         "embed": normal(0, 12, 16),

@@ -1,6 +1,7 @@
 """They train: to the minimum where it is known, and behind or around every base optimizer."""
 
 import chex
+import draws
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,7 +11,7 @@ import florax
 
 STEPS = 20_000
 MINIMUM = {
-    "matrix": 2 * jax.random.normal(jax.random.key(0), (12, 8)),
+    "matrix": 2 * draws.normal(0, 12, 8),
     "parabola": jnp.array([1.0, -1.0, 1.0]),
     "rosenbrock": jnp.array([1.0, 1.0]),
 }
@@ -114,7 +115,7 @@ WRAPPINGS = {
 )
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS.keys())
 def test_every_base_optimizer_fits_a_regression(base, wrap):
-    x = jax.random.normal(jax.random.key(1), (64, 12))
+    x = draws.normal(1, 64, 12)
     y = x @ MINIMUM["matrix"] + 1
 
     def loss(params):
