@@ -56,20 +56,19 @@ def first(folder: Path) -> str:
 
     ms = figures.times("speed", XL32, "milliseconds")
 
-    def tuned(variant: str) -> list[Row]:
-        return newest(folder, "summarization", {"model": "smollm2", "variant": variant})
-
     def job(variant: str) -> list[Row]:
         settings = {"variant": variant, "updates": 1500, "micro_batch": 16}
         rows = newest(folder, "translation", settings)
         return [r for r in rows if "H100" in r["conditions"]["device"]]
 
-    def bytes_of(rows: list[Row]) -> float:
-        return (rows[0]["accumulator_bytes"] + rows[0]["optimizer_bytes"]) / 2**20
+    def bytes_of(row: Row) -> float:
+        return tables.state_bytes(row) / 2**20
 
-    tuned_rows = [tuned(v) for v in ("naive, momentum float32", "144-both-int4, momentum int4")]
+    (sweep,) = (own for own in paper.sweeps("frontier") if own.task == "summarization")
+    tuned = claims.rows_of(folder, sweep)
+    tuned_rows = [tuned[v] for v in ("float32+float32", "144-both-int4+144-int4")]
     job_rows = [job(v) for v in ("naive", "80-both-int4")]
-    before = f"{tuned_rows[0][0]['rougeL_before']:.1f}"
+    before = f"{newest(folder, 'summarization', {'model': 'smollm2'})[0]['rougeL_before']:.1f}"
     without = of(LLAMA, "none", peak)
     rows = [
         [
@@ -91,17 +90,17 @@ def first(folder: Path) -> str:
         [
             "SmolLM2-135M fine-tuned on SciTLDR, 16 micro-batches of one: ROUGE-L "
             f"({before} before)",
-            *(f"{mean(own, 'rougeL'):.1f}" for own in tuned_rows),
+            *(f"{statistics.mean(row['scores']['rougeL']):.1f}" for row in tuned_rows),
         ],
         [
             "its optimizer state and accumulator",
-            *(f"{whole(bytes_of(own))} MiB" for own in tuned_rows),
+            *(f"{whole(bytes_of(row))} MiB" for row in tuned_rows),
         ],
         [
             "the small job below with 1,500 updates, SacreBLEU",
             *(f"{mean(own, 'BLEU'):.1f}" for own in job_rows),
         ],
-        ["its accumulator and momentum", *(f"{bytes_of(own):.1f} MiB" for own in job_rows)],
+        ["its accumulator and momentum", *(f"{bytes_of(own[0]):.1f} MiB" for own in job_rows)],
     ]
     return table(["", "full-size buffers", "florax"], rows)
 
