@@ -21,8 +21,8 @@ os.environ.setdefault("NPROC", "32")
 import jax
 import pytest
 
-# XLA's optimizations take most of the time that it compiles, and tests are about values: without
-# them the same products come out the same. Tests of what XLA makes of a program name `optimized`.
+# XLA compiles faster without its optimizations, and tests are about values: without them the same
+# products come out the same, too. Tests of what XLA makes of a program name `optimized`.
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -1,5 +1,6 @@
 """Numbers to test with, drawn on the host: JAX would compile a program for every shape."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = jnp.float32) -> jax.Array:
+def normal(
+    seed: int | Sequence[int], *shape: int, scale: float = 1.0, dtype: Any = jnp.float32
+) -> jax.Array:
     """Independent normal numbers."""
     return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), dtype)
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import draws
 import jax
 import jax.ad_checkpoint
 import jax.numpy as jnp
@@ -70,13 +71,12 @@ def case(function: Callable[[], Case]) -> Callable[[], Case]:
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
     """Of size 1 / sqrt(first axis but a stack's), so that activations keep theirs."""
-    rng = np.random.default_rng([seed, *shape])
-    scale = np.sqrt(shape[-2] if len(shape) > 1 else 1)
-    return jnp.asarray(rng.normal(size=shape) / scale, dtype)
+    scale = 1 / np.sqrt(shape[-2] if len(shape) > 1 else 1)
+    return draws.normal((seed, *shape), *shape, scale=scale, dtype=dtype)
 
 
 def tokens(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(7).normal(size=(*shape, TOKENS, WIDTH)), dtype)
+    return draws.normal(7, *shape, TOKENS, WIDTH, dtype=dtype)
 
 
 def matrices(**arguments: Any) -> dict[str, jax.Array]:
@@ -169,7 +169,7 @@ def convolutions_whose_windows_tile_their_input() -> Case:
         "patch": Axes(rows=(0, 1, 2), columns=3),
         "pixel": Axes(rows=0, columns=(1, 2, 3)),
     }
-    images = jnp.asarray(np.random.default_rng(7).normal(size=(2, 4 * 6 * 3)), jnp.float32)
+    images = draws.normal(7, 2, 4 * 6 * 3)
     return Case(loss, params, (images,), axes=axes)
 
 
@@ -821,7 +821,7 @@ def convolutions_of_every_kind() -> Case:
 
     params = {"out": normal(2, 3, 3, 19), "in": normal(3, 2, 3, 19)}
     axes = {"out": Axes((0, 1, 2), 3), "in": Axes(3, (0, 1, 2))}
-    images = jnp.asarray(np.random.default_rng(7).normal(size=(2, 5 * 6 * 3)), jnp.float32)
+    images = draws.normal(7, 2, 5 * 6 * 3)
     case = Case(loss, params, (images,), axes=axes)
     return case
 
@@ -846,7 +846,7 @@ def convolutions_with_factors() -> Case:
 
     vectors = {"out": normal(19), "in": normal(3), "window": normal(2)}
     params = {"kernel": normal(2, 3, 3, 19), **vectors}
-    images = jnp.asarray(np.random.default_rng(7).normal(size=(2, 5 * 6 * 3)), jnp.float32)
+    images = draws.normal(7, 2, 5 * 6 * 3)
     return Case(
         loss,
         params,
