@@ -1,5 +1,6 @@
 """Eight host devices; compiled programs are freed after each module, and kept for the next run."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,12 @@ import pytest
 # XLA compiles faster without its optimizations, and tests are about values: without them the same
 # products come out the same, too. Tests of what XLA makes of a program name `optimized`.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_collection_finish():
+    # Tracing makes many objects, and what was imported stays: one pass over it in ten is enough.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,6 +1,6 @@
 """Numbers to test with, drawn on the host: JAX would compile a program for every shape."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,3 +19,24 @@ def normal_like(seed: int, tree: Any) -> Any:
     """The same in the shapes and dtypes of a tree."""
     draw = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(draw.standard_normal(x.shape), x.dtype), tree)
+
+
+def tokens(vocabulary: int, *shape: int, seed: int = 0) -> jax.Array:
+    """Numbers of tokens, int32, of which none is 0: often that is the padding."""
+    return jnp.asarray(np.random.default_rng(seed).integers(1, vocabulary, shape), jnp.int32)
+
+
+def module(make: Callable[[], Any], scale: float) -> Any:
+    """The `nnx.Module` that `make` makes, none of whose parameters are zeros or ones."""
+    from flax import nnx
+
+    draw, model = np.random.default_rng(0), nnx.eval_shape(make)
+
+    def parameter(path: Sequence[Any], like: jax.Array) -> jax.Array:
+        numbers = draw.standard_normal(like.shape)
+        drawn = 1 + numbers / 10 if path[-1] == "scale" else scale * numbers
+        return jnp.asarray(drawn, like.dtype)
+
+    flat = nnx.to_flat_state(nnx.state(model))
+    nnx.update(model, nnx.from_flat_state({path: parameter(path, x) for path, x in flat}))
+    return model

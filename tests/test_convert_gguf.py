@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import draws
 import numpy as np
 import pytest
 
@@ -65,14 +66,8 @@ NAMES = {
 KINDS = {"token_embd": Kind.Q8_0, "attn_q": Kind.Q4_0, "ffn_up": Kind.Q4_1, "ffn_down": Kind.F16}
 
 
-@nnx.jit
 def build():
-    model = Llama(CONFIG, rngs=nnx.Rngs(0))
-    noise = nnx.Rngs(1)
-    for path, param in nnx.to_flat_state(nnx.state(model)):
-        scale = 0.1 if path[-1] in ("scale", "bias") else 0.3
-        param[...] += scale * jax.random.normal(noise(), param.shape)
-    return model
+    return draws.module(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)), scale=0.3)
 
 
 def train_tokenizer(pre_tokenizer):
@@ -160,6 +155,7 @@ def written(tokenizer, tmp_path_factory):
     return file, model
 
 
+@pytest.mark.slow
 def test_file_becomes_the_model_that_it_holds(written, tmp_path):
     file, model = written
     convert_gguf.main(Settings(file, tmp_path / "model"))

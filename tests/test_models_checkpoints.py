@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from random import Random
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +32,7 @@ UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 
 
 def build(config):
-    """A model none of whose parameters are zeros or ones."""
-    model = nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
-    draw, params = np.random.default_rng(0), nnx.to_flat_state(nnx.state(model))
-    drawn = {path: jnp.asarray(draw.normal(size=x.shape), jnp.float32) for path, x in params}
-    nnx.update(model, nnx.from_flat_state(drawn))
-    return model
+    return draws.module(lambda: GPT2(config, rngs=nnx.Rngs(0)), scale=1.0)
 
 
 def stacked(model):
@@ -241,7 +237,7 @@ def test_a_tensor_may_have_another_name(untied, folder, monkeypatch):
     assert_same(checkpoints.load(folder, GPT2), untied)
 
 
-@pytest.mark.parametrize("stack", [False, True])
+@pytest.mark.parametrize("stack", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fresh_tensors_are_drawn_and_the_others_are_loaded(untied, folder, stack):
     def load(seed):
         config = dataclasses.replace(UNTIED, n_positions=9)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,7 @@ class Recurrent:
 def gpt2():
     # Initial weights so large that attention matters and that no two scores are close.
     config = GPT2Config(VOCABULARY, 16, n_embd=8, n_layer=2, n_head=2, initializer_range=0.5)
-    return nnx.jit(lambda: GPT2(config, rngs=nnx.Rngs(0)))()
+    return draws.module(lambda: GPT2(config, rngs=nnx.Rngs(0)), scale=0.5)
 
 
 def stacked_gpt2():
@@ -144,7 +145,9 @@ def test_as_many_beams_as_there_are_texts_find_all_in_order(make_model):
     check_all_texts(model, *tree(model), (1,), 2.0)
 
 
-@pytest.mark.parametrize(("eos", "penalty"), [((), 1.0), ((1, 3), -1.0)])
+@pytest.mark.parametrize(
+    ("eos", "penalty"), [pytest.param((), 1.0, marks=pytest.mark.slow), ((1, 3), -1.0)]
+)
 def test_texts_end_with_any_eos_and_count_by_their_length(recurrent, eos, penalty):
     check_all_texts(*recurrent, eos, penalty)
 
@@ -169,6 +172,7 @@ def test_one_beam_that_stops_at_once_is_greedy():
     np.testing.assert_array_equal(tokens[:, 0], writer(greedy, Recurrent(), **options)())
 
 
+@pytest.mark.slow
 def test_the_side_of_the_padding_changes_nothing(recurrent):
     model, *_ = recurrent
     write = beam_writer(model, 1, beams=3, num_return=2)
@@ -221,6 +225,7 @@ def test_a_search_goes_on_if_the_likeliest_tokens_all_end_a_text():
     assert list(found) == [(0, 0, 0, 0)]
 
 
+@pytest.mark.slow
 def test_a_long_prompt_never_has_its_logits():
     batch, length, vocabulary = 4, 100, 5000
     config = GPT2Config(vocabulary, length + 1, n_embd=8, n_layer=1, n_head=1)

@@ -23,17 +23,19 @@ TINY = GPT2Config(
 RANK = 3
 # Inputs and outputs of the matrices of a block.
 SIZES = [(16, 48), (16, 16), (16, 64), (64, 16)]
-FORMS = pytest.mark.parametrize("form", ["list", "stacked after", "stacked before"])
+FORMS = pytest.mark.parametrize(
+    "form", [pytest.param("list", marks=pytest.mark.slow), "stacked after", "stacked before"]
+)
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return nnx.jit(lambda: GPT2(TINY, rngs=nnx.Rngs(0)))()
+    return draws.module(lambda: GPT2(TINY, rngs=nnx.Rngs(0)), TINY.initializer_range)
 
 
 @pytest.fixture(scope="module")
 def ids():
-    return jax.random.randint(jax.random.key(0), (2, 9), 0, TINY.vocab_size)
+    return draws.tokens(TINY.vocab_size, 2, 9)
 
 
 def adapt(model, form="list", **options):
@@ -119,6 +121,7 @@ def test_merging_adds_the_product_rounded_once(plain):
     np.testing.assert_allclose(merged.astype(np.float64), kernel + a @ b, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stacked_adapters_are_those_of_the_list(plain, ids):
     listed, stacked = (with_random_b(adapt(plain)) for _ in range(2))
     stacked.stack()

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +125,7 @@ def positions_of(mask):
 
 
 def tokens(shape, seed=0):
-    return jax.random.randint(jax.random.key(seed), shape, 1, TINY.vocab_size)
+    return draws.tokens(TINY.vocab_size, *shape, seed=seed)
 
 
 # The configuration and the names.
@@ -348,6 +349,7 @@ def test_logits_are_those_of_a_plain_program(batch, config):
 # What is seen.
 
 
+@pytest.mark.slow
 def test_the_encoder_sees_all_and_the_decoder_no_later_token(model, batch):
     logits = apply(logits_of, model, batch)
 
@@ -517,7 +519,10 @@ def test_model_refuses_what_it_cannot_read(model):
 # The reference.
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("t5_v10_tied", marks=pytest.mark.slow), "t5_v11_untied_gated"],
+)
 def reference(request):
     """A model that transformers wrote, stacked, and what it made of some arrays there."""
     folder = REFERENCE / request.param

@@ -45,7 +45,7 @@ TINY = ViTConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    return nnx.jit(lambda: ViT(TINY, rngs=nnx.Rngs(0)))()
+    return draws.module(lambda: ViT(TINY, rngs=nnx.Rngs(0)), TINY.initializer_range)
 
 
 def variant(model, *, stacked=False, **options):
@@ -116,6 +116,7 @@ def test_other_labels_get_a_new_classifier(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(other), nnx.state(expected))
 
 
+@pytest.mark.slow
 def test_base_model_is_loaded_without_its_pooler(model, tmp_path):
     checkpoints.save(model, tmp_path)
     file = tmp_path / "model.safetensors"
