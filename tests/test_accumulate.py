@@ -38,12 +38,11 @@ def projections(state, cycles):
     return [np.asarray(a, np.float64) for (a,) in drawn]
 
 
-# Each of the six by day, all combinations by night.
 @pytest.mark.parametrize(
     ("projection", "side", "mean"),
     [
         ("gaussian", "smaller", True),
-        ("cosine", "larger", False),
+        pytest.param("cosine", "larger", False, marks=pytest.mark.slow),
         pytest.param("gaussian", "larger", False, marks=pytest.mark.slow),
         pytest.param("cosine", "larger", True, marks=pytest.mark.slow),
         pytest.param("cosine", "smaller", False, marks=pytest.mark.slow),
@@ -78,7 +77,8 @@ def test_states_and_updates_are_those_of_the_float64_reference(projection, side,
                 assert reference.relative_error(kept[t, i], sketch) < 1e-5
 
 
-@pytest.mark.parametrize("projection", ["gaussian", pytest.param("cosine", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("projection", ["gaussian", "cosine"])
 def test_a_bfloat16_accumulator_is_within_the_derived_error_of_the_reference(projection):
     rank, every, n, m = 4, 8, 20, 12
     tx = florax.flora_accumulate(

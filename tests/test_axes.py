@@ -78,11 +78,6 @@ BASES = {
 }
 
 
-def all_bases(by_day):
-    names = [pytest.param(name, marks=() if name == by_day else pytest.mark.slow) for name in BASES]
-    return pytest.mark.parametrize("base", names)
-
-
 def halves(loss, tx):
     def step(params, state, batch):
         def micro_step(state, x):
@@ -95,7 +90,8 @@ def halves(loss, tx):
     return step
 
 
-@all_bases("adafactor")
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES)
 def test_at_once_and_layer_by_layer_it_is_the_training_of_stacks_along_the_first_axis(base):
     params, loss, x = moved(FIRST, -1), loss_at(-1), X[:, 0]
     first = florax.per_layer(BASES[base], STACKED)
@@ -109,10 +105,11 @@ def test_at_once_and_layer_by_layer_it_is_the_training_of_stacks_along_the_first
     chex.assert_trees_all_close((values, moved(params, 0, -1)), expected[:2], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "side, projection", [("smaller", "gaussian"), ("both", "cosine")], ids=["one side", "both"]
 )
-@all_bases(None)
+@pytest.mark.parametrize("base", BASES)
 def test_all_ways_to_accumulate_are_those_of_stacks_along_the_first_axis(base, side, projection):
     def accumulated(axis):
         opt = florax.per_layer(BASES[base], STACKED, axis)
@@ -168,6 +165,7 @@ def test_a_state_is_laid_out_as_the_parameters_are():
     assert factored["layers"]["up"].shape == (LAYERS, WIDTH)  # an axis fewer than the matrix
 
 
+@pytest.mark.slow
 def test_stacks_along_several_axes_are_parts_of_a_partition():
     """Even of one scan."""
     names = {"embed": "first", "layers": dict.fromkeys(FIRST["layers"], "first")}
@@ -194,6 +192,7 @@ def test_stacks_along_several_axes_are_parts_of_a_partition():
     )
 
 
+@pytest.mark.slow
 def test_a_flax_linen_scan_along_another_axis():
     nn = pytest.importorskip("flax.linen", reason="flax comes with the extra `examples`")
 

@@ -148,6 +148,7 @@ def test_all_variants_of_the_papers_tables_have_names():
 # Baselines.
 
 
+@pytest.mark.slow
 def test_apollo_scales_rows_by_what_adam_does_to_a_sketch():
     key, rank = jax.random.key(3), 4
     params = {"w": jnp.ones((6, 9)), "b": jnp.ones(6)}
@@ -175,6 +176,7 @@ def test_apollo_scales_rows_by_what_adam_does_to_a_sketch():
         assert_allclose(updates["w"], -0.1 * scaled.T, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, None], ids=["APOLLO", "Mini"])
 def test_apollo_takes_stacked_matrices_one_by_one(rank):
     w = draws.normal(0, 3, 8, 5)
@@ -329,6 +331,7 @@ def test_where_every_rate_diverges_the_row_says_so(monkeypatch):
     assert row["tried"] == [0.25, 0.5, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -373,17 +376,16 @@ def test_a_sweep_is_its_runs_one_by_one(name):
         assert_allclose(task.losses(outcome.params, task.test)[0].mean(), outcome.test, rtol=1e-5)
 
 
-OFTEN = ("lora-2/float32+float32", "galore-2/float32")  # APOLLO is held to NumPy above
-SELDOM = (
+KINDS = (
+    *("lora-2/float32+float32", "galore-2/float32"),
     "apollo-2/float32",
     "4-both-int8+4-int8",
     "4-paper", "int4", "bfloat16", "adamw/float32", "apollo-mini/none", "unfactored/3-both-float32",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [*OFTEN, *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_variant_learns(name):
     task = toy(40)
     before = task.losses(task.init(jax.random.key(0), ()), task.test)[0].mean()

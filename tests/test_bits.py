@@ -39,7 +39,7 @@ def by_night(*values):
     return [pytest.param(*value, marks=pytest.mark.slow) for value in values]
 
 
-BY_DAY_8 = pytest.mark.parametrize("dtype", [jnp.int8, *by_night([jnp.int4], [jnp.int2])])
+EACH_DTYPE = pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4, jnp.int2])
 BOTH = pytest.mark.parametrize("make", [momentum, accumulate])
 PARAMS = {"bias": jnp.linspace(-1, 1, 40), "layer": [{"kernel": jnp.sin(jnp.arange(1, 241.0))}]}
 PARAMS["layer"][0]["kernel"] = PARAMS["layer"][0]["kernel"].reshape(12, 20)
@@ -179,22 +179,20 @@ SAVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "save_and_restore",
     [
-        pytest.param(with_orbax, marks=pytest.mark.slow),  # by day in `test_checkpoints`
+        with_orbax,
         with_savez,
-        pytest.param(with_pickle, marks=pytest.mark.slow),
-        pytest.param(with_flax, marks=pytest.mark.slow),
+        with_pickle,
+        with_flax,
     ],
 )
 @pytest.mark.parametrize(
     "tx",
-    [
-        # By day an accumulation in 4 bits around a momentum in 2.
-        pytest.param(tx, id=name, marks=() if tx is OF_BOTH else pytest.mark.slow)
-        for name, tx in SAVED.items()
-    ],
+    SAVED.values(),
+    ids=SAVED.keys(),
 )
 def test_a_restored_state_goes_on_bit_for_bit(tx, save_and_restore, tmp_path):
     if save_and_restore is with_flax:
@@ -210,7 +208,8 @@ def test_a_restored_state_goes_on_bit_for_bit(tx, save_and_restore, tmp_path):
 # --- other bits
 
 
-@BOTH
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [accumulate, *by_night([momentum])])
 @pytest.mark.parametrize("now", [jnp.int4, *by_night([jnp.int2], [None])])
 def test_the_state_says_in_how_many_bits_it_is_whatever_is_asked_for_later(make, now):
     """As in floats, a state goes on as it was made: no number is read in the wrong bits."""
@@ -289,11 +288,9 @@ AXIS_TYPES = pytest.mark.parametrize(
 FULL_SIZE, SKETCHED = both(full_size), both(3)
 
 
+@pytest.mark.slow
 @AXIS_TYPES
-@pytest.mark.parametrize(
-    "specs",
-    [pytest.param(SPECS[n], marks=() if n == "both" else pytest.mark.slow, id=n) for n in SPECS],
-)
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
 def test_on_a_mesh_the_bits_are_those_of_one_device(axis_type, specs):
     """Two micro-batches: the halves of numbers are exact, of thirds XLA makes two kinds.
 
@@ -354,22 +351,9 @@ WRAPPED = {
 }
 
 
-WRAPPED_BY_DAY = {(accumulate, "partition"), (momentum, "MultiSteps"), (accumulate, "per_layer")}
-
-
-@pytest.mark.parametrize(
-    "make, wrap",
-    [
-        pytest.param(
-            make,
-            wrap,
-            id=f"{make.__name__}-{name}",
-            marks=() if (make, name) in WRAPPED_BY_DAY else pytest.mark.slow,
-        )
-        for name, wrap in WRAPPED.items()
-        for make in (momentum, accumulate)
-    ],
-)
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
 def test_a_wrapped_one_runs_without_compiling_again_in_the_dtypes_that_it_has(make, wrap):
     tx, traced = wrap(make(3, jnp.int8)), []
 
@@ -390,7 +374,8 @@ def test_a_wrapped_one_runs_without_compiling_again_in_the_dtypes_that_it_has(ma
     chex.assert_tree_all_finite(updates)
 
 
-@BY_DAY_8
+@pytest.mark.slow
+@EACH_DTYPE
 def test_hyperparameters_are_injected_with_the_dtype_static(dtype):
     injected = optax.inject_hyperparams(
         florax.flora_momentum, static_args=("rank", "accumulator_dtype")
@@ -402,6 +387,7 @@ def test_hyperparameters_are_injected_with_the_dtype_static(dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(state.inner_state, inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [momentum, *by_night([accumulate])])
 def test_a_donated_state_is_given_up_and_gives_the_same(make):
     tx = make(3, jnp.int8)
@@ -442,7 +428,8 @@ def test_integers_work_in_64_bit_mode():
 # --- the numbers
 
 
-@BY_DAY_8
+@pytest.mark.slow
+@EACH_DTYPE
 def test_a_skipped_micro_step_changes_no_bit(dtype):
     def skip_large(grads, step, params):
         return grads["bias"][0] > 100, ()
@@ -465,7 +452,7 @@ def block_of_each(size, bits):
 
 @pytest.mark.parametrize(
     "dtype, use_grad_mean",
-    [(jnp.int8, True), (jnp.int4, False), (jnp.int2, True)],
+    [*by_night((jnp.int8, True)), (jnp.int4, False), *by_night((jnp.int2, True))],
     ids=["mean of 8 bits", "sum of 4", "mean of 2"],
 )
 def test_the_base_optimizer_sees_the_mean_within_the_scales_of_its_roundings(dtype, use_grad_mean):
@@ -509,6 +496,7 @@ def test_8_bits_are_right_on_average_over_base_keys():
     assert np.all(abs(errors.mean(0)) < 5 * standard_error + 2.0**-18)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_forgotten_with_its_cycle():
     tx = accumulate(full_size, jnp.int8, every=2)
     bad = {**gradients(0), "bias": jnp.full(40, jnp.nan)}

@@ -49,10 +49,7 @@ TRANSFORMATIONS = {
 PARAMS = {"bias": jnp.arange(8.0), "layer": [{"kernel": jnp.sin(jnp.arange(96.0)).reshape(12, 8)}]}
 
 
-# Momentum and accumulation, of one side and of both, in floats of 32 and 16 bits and in integers.
-BY_DAY = {
-    *("momentum", "momentum_int8", "accumulate_bfloat16_momentum", "accumulate_both_sides_int4"),
-}
+BY_DAY = {"momentum", "accumulate"}
 
 
 @pytest.fixture(

@@ -38,7 +38,7 @@ X = draws.normal(1, 2, 4, 12)
 @pytest.mark.parametrize(
     ("layers", "jit"),
     [
-        pytest.param(False, jax.jit, id="leaves-jit"),
+        pytest.param(False, jax.jit, id="leaves-jit", marks=pytest.mark.slow),
         pytest.param(True, lambda f: f, id="layers-eager"),
         pytest.param(False, lambda f: f, id="leaves-eager", marks=pytest.mark.slow),
         pytest.param(True, jax.jit, id="layers-jit", marks=pytest.mark.slow),
@@ -56,6 +56,7 @@ def test_finishing_what_nothing_was_added_to_moves_nothing(layers, jit):
     chex.assert_trees_all_equal(after._replace(updated=state.updated), state)
 
 
+@pytest.mark.slow
 def test_what_was_skipped_moves_nothing():
     tx = accumulate(optax.adamw(0.1), should_skip_update_fn=optax.skip_not_finite)
     state = tx.init(PARAMS)
@@ -97,11 +98,9 @@ def noted(opt, name, ordered=False):
     return optax.GradientTransformationExtraArgs(opt.init, update)
 
 
-@pytest.mark.parametrize("ordered", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize(
-    "layers",
-    [pytest.param(False, marks=pytest.mark.slow, id="leaves"), pytest.param(True, id="layers")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("layers", [False, True], ids=["leaves", "layers"])
 def test_effects_of_the_base_optimizer_happen_once_an_update(layers, ordered):
     """As in `tx.update`: once for the whole tree, or once for every layer and once for the rest."""
     base = noted(optax.sgd(0.1), "update", ordered)

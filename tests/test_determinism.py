@@ -87,6 +87,7 @@ def test_the_next_slice_is_not_the_next_cycle(projection):
 # --- what it does not depend on
 
 
+@pytest.mark.slow
 def test_other_parameters_do_not_change_it(projection):
     more = {"a": jnp.zeros((9, 9)), "z": jnp.zeros(3), **PARAMS}
     fewer = {"kernel": PARAMS["kernel"]}
@@ -139,6 +140,7 @@ def test_64_bit_mode_does_not_change_it(projection):
         assert_array_equal(draw(KERNEL, projection), expected)
 
 
+@pytest.mark.slow
 def test_the_default_prng_does_not_change_it(projection):
     expected = draw(LAYERS, projection)
     jax.clear_caches()  # what was traced under one default is used under another
@@ -146,7 +148,10 @@ def test_the_default_prng_does_not_change_it(projection):
         assert_array_equal(draw(LAYERS, projection), expected)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "axis_type",
+    [pytest.param(AxisType.Auto, id="auto", marks=pytest.mark.slow), AxisType.Explicit],
+)
 def test_devices_do_not_change_it(projection, axis_type):
     params = {"layers": jnp.zeros((2, 24, 16))}
     expected = draw(LAYERS, projection, params=params)
@@ -197,6 +202,7 @@ trained = b"".join(bytes(memoryview(jax.device_get(x))) for x in jax.tree.leaves
 """
 
 
+@pytest.mark.slow
 def test_training_in_another_process_gives_the_same_bits():
     """With one device instead of eight, other hashes of strings, and another default PRNG."""
     environment = {"XLA_FLAGS": "", "PYTHONHASHSEED": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"}

@@ -35,7 +35,7 @@ TRANSFORMATIONS = {
         for name, kind in ACCUMULATORS.items()
     },
 }
-BY_DAY = ("momentum, int8", "accumulate, gaussian", "accumulate, both, int8")
+BY_DAY = ("momentum, int8", "accumulate, gaussian")
 each = pytest.mark.parametrize(
     "tx",
     [
@@ -59,6 +59,7 @@ def run(tx, gradients):
     return emitted, state
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("exponent", [-100, 100])
 def test_a_power_of_two_before_is_one_behind(tx, exponent):
@@ -79,6 +80,7 @@ def test_of_nothing_comes_nothing(tx):
     chex.assert_tree_all_finite(state)
 
 
+@pytest.mark.slow
 @each
 def test_the_largest_numbers_of_16_bits_make_no_nan(tx):
     """They may overflow, where plain sums of them do."""
@@ -89,6 +91,7 @@ def test_the_largest_numbers_of_16_bits_make_no_nan(tx):
     assert not any(jnp.isnan(u).any() for u in jax.tree.leaves(emitted))
 
 
+@pytest.mark.slow
 @each
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_behind_a_guard_it_is_as_if_it_had_not_happened(tx, bad):

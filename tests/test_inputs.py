@@ -141,6 +141,7 @@ def NEVER(updates, step, params):
     return False, ()
 
 
+@pytest.mark.slow
 def test_float64_parameters_may_have_a_float32_accumulator():
     with jax.enable_x64(True):
         params = {"bias": jnp.ones(8), "kernel": jnp.ones((12, 8))}
@@ -208,7 +209,13 @@ NOISES = {
 }
 
 
-@pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES.keys())
+@pytest.mark.parametrize(
+    "noise",
+    [
+        pytest.param(noise, id=name, marks=() if name == "raw key" else pytest.mark.slow)
+        for name, noise in NOISES.items()
+    ],
+)
 def test_every_layer_has_noise_of_its_own(noise):
     """Stacked layers differ as unstacked ones do, and stacks from each other."""
     params = {"a": jnp.zeros((4, 500)), "b": jnp.zeros((3, 500)), "c": jnp.zeros(500)}

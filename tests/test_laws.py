@@ -4,8 +4,6 @@ Ordinary steps, `accumulate` and `finish`, `value_and_update`, and layer by laye
 unstacked layers; with and without micro-batches that are skipped.
 """
 
-import itertools
-
 import chex
 import draws
 import jax
@@ -16,6 +14,8 @@ import optax
 import pytest
 
 import florax
+
+pytestmark = pytest.mark.slow
 
 HEIGHT, WIDTH, INNER = 3, 8, 12
 # Two updates of sums of some 60 products of size 1, divided by roots.
@@ -108,15 +108,8 @@ def assert_same(got, expected, **close):
         np.testing.assert_allclose(np.float64(new), np.float64(old), **near)
 
 
-def by_day(one, *values):
-    """All combinations, of which all but one run by night."""
-    return [
-        pytest.param(*case, marks=() if case == one else pytest.mark.slow)
-        for case in itertools.product(*values)
-    ]
-
-
-@pytest.mark.parametrize("opt, around", by_day(("flora", "injected"), LEAF_WISE, AROUND))
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("opt", LEAF_WISE)
 def test_layer_by_layer_is_the_ordinary_step(opt, around):
     tx = optax.with_extra_args_support(AROUND[around](LEAF_WISE[opt]))
 
@@ -163,26 +156,18 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize(
-    "inside, outside, skip",
-    by_day(
-        ("alone", "frozen leaves", "not finite"),
-        ACCUMULATED,
-        OUTSIDE,
-        ["none", "not finite", "all"],
-    ),
-)
+@pytest.mark.parametrize("skip", ["none", "not finite", "all"])
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("inside", ACCUMULATED)
 def test_all_ways_to_accumulate_are_one_in_all_wrappers(inside, outside, skip):
     check_accumulation("adam", inside, outside, skip, True, 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("opt", LEAF_WISE)
 def test_all_ways_to_accumulate_are_one_for_all_optimizers(opt):
     check_accumulation(opt, "alone", "frozen leaves", "python", False, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("inside", ACCUMULATED)
 def test_all_ways_to_accumulate_are_one_where_both_sides_are_sketched(inside):
     check_accumulation(
@@ -256,15 +241,13 @@ USES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name, opt", by_day(("factors_along_one_side", "adam"), USES, ["sgd", "adam", "adafactor"])
-)
+@pytest.mark.parametrize("opt", ["sgd", "adam", "adafactor"])
+@pytest.mark.parametrize("name", USES)
 def test_born_compressed_or_not_the_step_is_the_same(name, opt):
     case = losses.CASES[name]()
     check_step(case, case.transformation(opt=LEAF_WISE[opt]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", USES)
 def test_so_it_is_where_both_sides_are_sketched(name):
     case = losses.CASES[name]()

@@ -1,7 +1,5 @@
 """Layer by layer is the ordinary step: same losses, parameters and states."""
 
-import itertools
-
 import chex
 import draws
 import jax
@@ -86,7 +84,7 @@ def assert_states_are_close(state, expected):
     "name",
     [
         # By day `test_laws` says the same of a smaller model with flora.
-        pytest.param(name, marks=() if name == "adafactor" else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "sgd" else pytest.mark.slow)
         for name in TRANSFORMATIONS
     ],
 )
@@ -200,16 +198,12 @@ def used_in_any_way(params, x):
 
 
 USED = {"adam": optax.adam(0.1, eps=0.1)} | {k: TRANSFORMATIONS[k] for k in ("adafactor", "sgd")}
-BY_DAY = [("adam", False, True)]
 
 
-@pytest.mark.parametrize(
-    "base, has_momentum, accumulates",
-    [
-        pytest.param(*case, marks=() if case in BY_DAY else pytest.mark.slow)
-        for case in itertools.product(USED, [False, True], [False, True])
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("has_momentum", [False, True])
+@pytest.mark.parametrize("base", USED)
 def test_layers_may_use_their_weights_in_any_way(base, has_momentum, accumulates, params):
     opt = optax.chain(USED[base], florax.flora_momentum(4)) if has_momentum else USED[base]
     stacked = {"embed": False, "encoder": True}
@@ -271,14 +265,9 @@ MODELS = {
 }
 
 
-MODELS_BY_DAY = {"jits in auto_axes", "explicit_axes in auto_axes"}  # which have the others' parts
-
-
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in MODELS_BY_DAY else pytest.mark.slow) for n in MODELS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", MODELS)
 def test_inner_programs_keep_their_mesh(name, devices):
     def loss(params, x):
         y = MODELS[name](x @ params["embed"], params["encoder"])

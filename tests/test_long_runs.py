@@ -124,6 +124,7 @@ def test_keys_of_cycles_do_not_repeat():
 LAST = np.iinfo(np.int32).max
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", ["gaussian", "cosine"])
 def test_counts_stay_at_the_last_number(projection):
     params = {"kernel": jnp.ones((ROWS, COLUMNS))}

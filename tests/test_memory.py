@@ -58,15 +58,10 @@ MEMORY_BASES = {
 }
 
 
+@pytest.mark.slow
 @barriers_hold
 @pytest.mark.parametrize("stacked", [False, True], ids=["leaves", "layers"])
-@pytest.mark.parametrize(
-    "base",
-    [
-        pytest.param(base, id=name, marks=() if name == "adam" else pytest.mark.slow)
-        for name, base in MEMORY_BASES.items()
-    ],
-)
+@pytest.mark.parametrize("base", MEMORY_BASES.values(), ids=MEMORY_BASES.keys())
 def test_more_leaves_need_no_more_memory(base, stacked):
     """Three matrices more add no array of a matrix's size, only projections and sketches."""
     tx = accumulation(base, stacked)

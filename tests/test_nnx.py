@@ -27,10 +27,15 @@ def rank(path, leaf):
 @pytest.mark.parametrize(
     "tx",
     [
-        optax.chain(optax.adafactor(0.1), florax.flora_momentum(rank)),
-        florax.flora_accumulate(optax.sgd(0.5), every_k_schedule=2, rank=rank),
+        pytest.param(
+            optax.chain(optax.adafactor(0.1), florax.flora_momentum(rank)),
+            id="momentum",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            florax.flora_accumulate(optax.sgd(0.5), every_k_schedule=2, rank=rank), id="accumulate"
+        ),
     ],
-    ids=["momentum", "accumulate"],
 )
 def test_an_nnx_optimizer_trains_with_florax(tx):
     model = Network(nnx.Rngs(0))

@@ -65,7 +65,13 @@ def test_gaussian_reconstruction_is_unbiased_with_the_papers_variance(rank):
     assert np.all(abs(deviations.mean(0) - variance) < 5 * standard_error)
 
 
-SIZES = [2, 3, 64, 1000, 1023, 1024, 1025, 32_768, 33_001, 50_257, 131_072, 2**20]
+SIZES = [
+    *[3, 1000, 1025, 33_001, 2**20],
+    *(
+        pytest.param(size, marks=pytest.mark.slow)
+        for size in (2, 64, 1023, 1024, 32_768, 50_257, 131_072)
+    ),
+]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -109,7 +115,9 @@ def test_cosine_at_full_rank_is_the_identity():
     assert_allclose(again, g, atol=2 * 24 * 2**-24 * float(jnp.linalg.norm(g, axis=1).max()))
 
 
-@pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize(
+    "size", [1, 32, 33, *(pytest.param(n, marks=pytest.mark.slow) for n in (31, 100))]
+)
 @pytest.mark.parametrize("projection", _projection.PROJECTIONS)
 def test_a_seed_draws_what_its_key_draws(projection, size, optimized):
     key, rank = raw_key(3), min(size, 4)

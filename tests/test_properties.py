@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 import florax
 from florax import _dimensions
 
+pytestmark = pytest.mark.slow
+
 SIZES = (5, 8, 3, 9, 6, 2, 1)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 STEPS = 4
@@ -79,7 +81,7 @@ def trees(draw, most):
     return parts[0]
 
 
-FEW_LEAVES, LEAVES = trees(1), trees(3)  # by day and by night
+LEAVES = trees(3)
 
 
 def is_given(x):
@@ -196,14 +198,13 @@ def _flat(a, leaf, side):
     return np.asarray(a, np.float64).reshape(stack, -1, m)
 
 
-CASES = dict(
+many = hypothesis.settings(
+    max_examples=700,
     deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck),
     derandomize=True,
     database=None,
 )
-by_day = hypothesis.settings(max_examples=10, **CASES)
-by_night = hypothesis.settings(max_examples=700, **CASES)
 
 
 def momentum(tree, residual, nesterov, rank, side, projection, seed, every):
@@ -305,40 +306,19 @@ MOMENTUM = dict(residual=st.booleans(), nesterov=st.booleans(), **SETTINGS)
 ACCUMULATION = dict(mean=st.booleans(), **SETTINGS)
 
 
-@by_day
-@hypothesis.given(tree=FEW_LEAVES, **MOMENTUM)
+@many
+@hypothesis.given(tree=LEAVES, **MOMENTUM)
 def test_momentum(**given):
     momentum(**given)
 
 
-@pytest.mark.slow
-@by_night
-@hypothesis.given(tree=LEAVES, **MOMENTUM)
-def test_momentum_by_night(**given):
-    momentum(**given)
-
-
-@by_day
-@hypothesis.given(tree=FEW_LEAVES, **ACCUMULATION)
+@many
+@hypothesis.given(tree=LEAVES, **ACCUMULATION)
 def test_accumulation(**given):
     accumulation(**given)
 
 
-@pytest.mark.slow
-@by_night
-@hypothesis.given(tree=LEAVES, **ACCUMULATION)
-def test_accumulation_by_night(**given):
-    accumulation(**given)
-
-
-@hypothesis.settings(by_day, max_examples=3)  # both sides are slow to compile
-@hypothesis.given(tree=FEW_LEAVES, **FEW)
-def test_few_bits(**given):
-    few_bits(**given)
-
-
-@pytest.mark.slow
-@by_night
+@many
 @hypothesis.given(tree=LEAVES, **FEW)
-def test_few_bits_by_night(**given):
+def test_few_bits(**given):
     few_bits(**given)

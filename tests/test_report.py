@@ -89,6 +89,7 @@ def test_the_report_counts_the_bytes_of_the_arrays():
     )
 
 
+@pytest.mark.slow
 def test_gpt3_keeps_a_48th_of_its_matrices():
     params = gpt3()
     tx = optax.chain(optax.adafactor(1e-3), florax.flora_momentum(on_layers))

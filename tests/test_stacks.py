@@ -64,7 +64,13 @@ LEAF_WISE = {
 }
 
 
-@pytest.mark.parametrize("opt", LEAF_WISE.values(), ids=LEAF_WISE.keys())
+@pytest.mark.parametrize(
+    "opt",
+    [
+        pytest.param(opt, id=name, marks=() if name == "clipped by layer" else pytest.mark.slow)
+        for name, opt in LEAF_WISE.items()
+    ],
+)
 def test_it_is_the_transformation_applied_to_each_layer_by_itself(opt):
     updates, state = run(florax.per_layer(opt, STACKED))
     alone = {"bias": PARAMS["bias"], "head": PARAMS["head"]}
@@ -95,14 +101,13 @@ def test_what_spans_a_whole_stack_differs_without_it():
 CLOSE = dict(rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({}, id="paper", marks=pytest.mark.slow),
+        pytest.param({}, id="paper"),
         pytest.param(dict(side="larger", nesterov=True), id="larger nesterov"),
-        pytest.param(
-            dict(projection="cosine", residual=True), id="cosine residual", marks=pytest.mark.slow
-        ),
+        pytest.param(dict(projection="cosine", residual=True), id="cosine residual"),
     ],
 )
 def test_a_layer_has_the_projections_that_it_has_in_a_stack(arguments):
@@ -121,6 +126,7 @@ def test_a_layer_has_the_projections_that_it_has_in_a_stack(arguments):
         assert layers.sketch.cycle.shape == layers.count.shape == (HEIGHTS[name],)
 
 
+@pytest.mark.slow
 def test_layers_have_projections_of_their_own():
     """The same gradient in every layer leaves a different sketch in each."""
     params = {"layers": jnp.zeros((LAYERS, 12, 8))}
@@ -211,18 +217,17 @@ def test_parameters_are_not_needed_where_the_transformation_does_not():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
         pytest.param(
             lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
             id="chain",
-            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
             id="MultiSteps",
-            marks=pytest.mark.slow,  # as in `contract/test_wrappers`
         ),
         pytest.param(
             lambda tx: optax.inject_hyperparams(lambda lr: optax.chain(tx, optax.scale(lr)))(

@@ -143,8 +143,8 @@ def containers():
 @pytest.mark.parametrize(
     "to",
     [
-        pytest.param("deeper", marks=pytest.mark.slow),
-        *("a list", "linen boxes", "nnx variables", "nnx values"),
+        *(pytest.param(to, marks=pytest.mark.slow) for to in ("deeper", "a list")),
+        *("linen boxes", "nnx variables", "nnx values"),
     ],
 )
 @pytest.mark.parametrize(
@@ -367,6 +367,7 @@ def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
     chex.assert_trees_all_close(linen.unbox(updates), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logical", [False, True], ids=["Partitioned", "LogicallyPartitioned"])
 @pytest.mark.parametrize("tx", [momentum(), accumulate()], ids=["momentum", "accumulate"])
 def test_sketches_in_boxes_of_linen_name_their_own_axes(tx, logical):
@@ -401,6 +402,7 @@ def test_sketches_in_boxes_of_linen_name_their_own_axes(tx, logical):
     assert updates["matrix"].names == ("y", "x")
 
 
+@pytest.mark.slow
 def test_boxes_may_be_empty_as_they_are_in_the_parts_of_per_layer():
     nnx = pytest.importorskip("flax.nnx")
     params = nnx.State(jax.tree.map(nnx.Param, PARAMS))
@@ -411,6 +413,7 @@ def test_boxes_may_be_empty_as_they_are_in_the_parts_of_per_layer():
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
+@pytest.mark.slow
 def test_an_nnx_optimizer_of_a_partitioned_model_is_made_on_a_mesh():
     nnx = pytest.importorskip("flax.nnx")
 
@@ -498,6 +501,7 @@ def test_flags_of_jax_do_not_change_them(projection, partitionable):
 # --- gradients through a state
 
 
+@pytest.mark.slow
 def test_a_16_bit_sketch_is_differentiated_as_a_cast_is():
     """Straight through, as `optax.ema` in 16 bits."""
 

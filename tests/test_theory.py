@@ -144,7 +144,9 @@ def draw_many(projection, count, rank, size):
 
 
 @pytest.mark.parametrize("projection", _projection.PROJECTIONS)
-@pytest.mark.parametrize("epsilon, delta", [(0.5, 0.1), (0.25, 0.05)])
+@pytest.mark.parametrize(
+    "epsilon, delta", [(0.5, 0.1), pytest.param(0.25, 0.05, marks=pytest.mark.slow)]
+)
 def test_norms_are_kept_as_lemma_2_3_says(projection, epsilon, delta):
     """With c = 2, that of a Gaussian vector's norm: P(|‖A x‖/‖x‖ − 1| > ε) < 2 exp(−ε² r / 2)."""
     rank, size, count = math.ceil(2 / epsilon**2 * math.log(2 / delta)), 512, 500

@@ -60,6 +60,7 @@ BASES = {
 SLOW_BASES = {
     *("identity", "zero", "sgd", "lamb", "norm clipped after", "parts", "another cycle in it"),
     *("where finite", "per layer: adam", "adamw", "adafactor", "lion", "norm clipped before"),
+    *("flora", "per layer: norm clipped"),
 }
 
 
@@ -102,6 +103,7 @@ def test_it_does_what_an_update_does(base):
         chex.assert_trees_all_equal_shapes_and_dtypes(finished, updated)
 
 
+@pytest.mark.slow
 def test_extra_arguments_reach_the_base_optimizer():
     def update(updates, state, params=None, *, value, **_):
         return jax.tree.map(lambda g: g * value, updates), state

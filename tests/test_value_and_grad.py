@@ -27,7 +27,6 @@ BY_DAY = {
     "convolutions_of_every_kind",
     "lookups_of_every_kind",
     "opaque_uses",
-    "parts_of_stacks",
     "what_the_loss_does_not_depend_on",
 }
 SLOW_CASES = losses.CASES.keys() - BY_DAY
@@ -45,24 +44,18 @@ VARIED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "side, projection",
-    [
-        ("larger", "gaussian"),
-        ("smaller", "cosine"),
-        pytest.param("larger", "cosine", marks=pytest.mark.slow),
-    ],
+    "side, projection", [("larger", "gaussian"), ("smaller", "cosine"), ("larger", "cosine")]
 )
-@pytest.mark.parametrize("name", some(["a_tied_weight", *VARIED], VARIED))
+@pytest.mark.parametrize("name", ["a_tied_weight", *VARIED])
 def test_so_they_are_with_both_projections_on_both_sides(name, projection, side):
     case = losses.CASES[name]()
     losses.check(case, case.transformation(projection=projection, side=side))
 
 
-BOTH_BY_DAY = {"a_scan_of_a_checkpoint"}
-
-
-@pytest.mark.parametrize("name", some(losses.CASES, losses.CASES.keys() - BOTH_BY_DAY))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", losses.CASES)
 def test_so_they_are_where_both_sides_are_sketched(name):
     """Of ranks with which no sketch or projection has as many entries as a weight or a layer."""
     case, rank = losses.CASES[name](), 6 if name == "layers_along_another_axis" else 3
@@ -256,6 +249,7 @@ WRAPPED = {
 
 SLOW_WRAPPERS = {
     *("accumulate", "momentum"),  # both are in the partition
+    "inject_hyperparams",
     "chain in a chain",
     "with_extra_args_support",
     "chain that begins with momentum",
@@ -442,6 +436,7 @@ def test_it_may_be_mapped_over_batches():
         chex.assert_trees_all_close(got, wanted, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a_scan_over_layers", "experts_mapped_each_over_its_tokens"])
 def test_it_may_be_mapped_over_models(name):
     case = losses.CASES[name]()
@@ -466,14 +461,9 @@ def test_it_may_be_mapped_over_models(name):
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name",
-    some(
-        ["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"],
-        {"a_plain_function", "a_tied_weight"},
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"])
 def test_devices_may_each_have_their_share_of_the_batch(name, check_vma):
     """As with `jax.grad`: with `check_vma` gradients of what is replicated are summed."""
     case = losses.CASES[name]()
@@ -548,7 +538,7 @@ def in_other_ways(params, x, ids):
 @pytest.mark.parametrize(
     "loss",
     [
-        looked_up_across_devices,
+        pytest.param(looked_up_across_devices, marks=pytest.mark.slow),
         in_an_automatic_region,
         pytest.param(in_a_jit_that_divides_its_result, marks=pytest.mark.slow),
         pytest.param(in_other_ways, marks=pytest.mark.slow),

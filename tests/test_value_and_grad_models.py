@@ -161,7 +161,7 @@ NNX = [
     pytest.param(nnx_convolution, marks=pytest.mark.slow),
     pytest.param(nnx_tied_head, marks=pytest.mark.slow),
     pytest.param(nnx_scan, marks=pytest.mark.slow),
-    nnx_scan_of_remat,
+    pytest.param(nnx_scan_of_remat, marks=pytest.mark.slow),
     pytest.param(nnx_jit_and_remat, marks=pytest.mark.slow),
     nnx_dropout_and_batch_norm,
 ]
@@ -172,6 +172,7 @@ def test_of_flax_nnx(nnx, make):
     losses.check(make(nnx))
 
 
+@pytest.mark.slow
 def test_an_nnx_optimizer_takes_sketches(nnx):
     """Where one writes `nnx.value_and_grad`, three lines split the model instead."""
 
@@ -273,8 +274,8 @@ def linen_scan_of_remat(linen):
 LINEN = [
     pytest.param(linen_attention, marks=pytest.mark.slow),
     pytest.param(linen_tied_head, marks=pytest.mark.slow),
-    linen_scan_of_remat,
-    pytest.param(linen_dense, marks=pytest.mark.slow),
+    pytest.param(linen_scan_of_remat, marks=pytest.mark.slow),
+    linen_dense,
     pytest.param(linen_scan, marks=pytest.mark.slow),
 ]
 
@@ -333,14 +334,10 @@ def equinox_scan(eqx):
     return of_equinox(eqx, make(keys), apply)
 
 
-EQUINOX = [
-    pytest.param(equinox_attention, marks=pytest.mark.slow),
-    pytest.param(equinox_checkpoint, marks=pytest.mark.slow),
-    equinox_scan,
-    pytest.param(equinox_perceptron, marks=pytest.mark.slow),
-]
+EQUINOX = [equinox_attention, equinox_checkpoint, equinox_scan, equinox_perceptron]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", EQUINOX)
 def test_of_equinox(eqx, make):
     losses.check(make(eqx))

@@ -11,6 +11,8 @@ from losses import LAYERS, WIDTH, Case
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis comes with the extra `test`")
 st = hypothesis.strategies
 
+pytestmark = pytest.mark.slow
+
 
 # A program is a tuple of steps; a step takes activations, shape (tokens, width), to others. Its
 # weights, all square, have names; `layer` is the one of the scan that the step stands in.
@@ -220,20 +222,12 @@ def settings(examples):
     )
 
 
-@settings(3)
-@hypothesis.given(programs(2, hows=PRODUCTS + OPAQUE))
+@settings(200)
+@hypothesis.given(programs(3, hows=PRODUCTS + OPAQUE))
 def test_of_random_programs(program):
     check(program)
 
 
-@pytest.mark.slow
-@settings(200)
-@hypothesis.given(programs(3, hows=PRODUCTS + OPAQUE))
-def test_of_many_random_programs(program):
-    check(program)
-
-
-@pytest.mark.slow
 @settings(40)
 @hypothesis.given(programs(2, hows=PRODUCTS + OPAQUE))
 def test_of_random_programs_on_a_mesh_with_explicit_axes(program):

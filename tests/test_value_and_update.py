@@ -136,6 +136,7 @@ def test_so_it_is_where_both_sides_are_sketched(base):
         _, params, state = got
 
 
+@pytest.mark.slow
 def test_a_step_may_begin_with_what_was_accumulated_before():
     tx = accumulate(ADAM, MICRO_BATCHES + 2)
     before = jax.tree.map(lambda x: x[0] + jnp.ones_like(x[0]), BATCHES)
@@ -151,6 +152,7 @@ def test_a_step_may_begin_with_what_was_accumulated_before():
     assert int(got[2].gradient_step) == 1
 
 
+@pytest.mark.slow
 def test_gradients_may_be_summed():
     tx = accumulate(optax.sgd(0.1), use_grad_mean=False)
     state = tx.init(PARAMS)
@@ -158,6 +160,7 @@ def test_gradients_may_be_summed():
     chex.assert_trees_all_close(got, loop(tx)(PARAMS, state, *BATCHES), **CLOSE)
 
 
+@pytest.mark.slow
 def test_skipped_micro_batches_are_as_if_they_had_never_been():
     tx = accumulate(optax.sgd(0.1), should_skip_update_fn=optax.skip_not_finite)
     state = tx.init(PARAMS)
@@ -169,6 +172,7 @@ def test_skipped_micro_batches_are_as_if_they_had_never_been():
     chex.assert_trees_all_close((params, after), (expected, expected_after), **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_accumulator_is_rounded_at_every_micro_batch():
     """Every rounding, and each of the two ways has four, is to one of two neighbours, 2⁻⁷ apart."""
     tx = accumulate(optax.sgd(0.1), accumulator_dtype=jnp.bfloat16)
@@ -183,23 +187,10 @@ def test_a_bfloat16_accumulator_is_rounded_at_every_micro_batch():
 
 
 # Of a weight met in every way that a loop over layers can, and of others.
-BY_DAY = {
-    ("a_scan_over_layers", True, "int8"),
-    ("a_tied_weight", False, "int4"),
-}
-
-
-@pytest.mark.parametrize(
-    "name, is_sketch, bits",
-    [
-        pytest.param(
-            *combination,
-            id=f"{combination[0]}-{'sketch' if combination[1] else 'full size'}-{combination[2]}",
-            marks=() if combination in BY_DAY else pytest.mark.slow,
-        )
-        for combination in itertools.product(losses.CASES, [False, True], ["int8", "int4"])
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("is_sketch", [False, True], ids=["full size", "sketch"])
+@pytest.mark.parametrize("name", losses.CASES)
 def test_integers_are_rounded_once_a_micro_batch_as_by_the_loop(name, is_sketch, bits):
     """To the same neighbours, but for what float32 leaves open of the sums that are rounded."""
     case = losses.CASES[name]()
@@ -317,6 +308,7 @@ def test_a_step_in_few_bits_may_begin_with_what_was_accumulated_before():
         assert jnp.mean(off) < 0.02
 
 
+@pytest.mark.slow
 def test_aux_comes_stacked():
     def with_aux(params, x, words):
         loss = loss_fn(params, x, words)
@@ -396,6 +388,7 @@ def test_the_optimizer_is_given_the_mean_loss_and_the_extra_arguments():
     chex.assert_trees_all_close(params, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_value_that_is_passed_stands_for_the_loss():
     tx = accumulate(optax.GradientTransformationExtraArgs(lambda params: jnp.zeros([]), of_value))
     *_, state = step(tx)(PARAMS, tx.init(PARAMS), *BATCHES, value=jnp.float32(7))
@@ -462,10 +455,8 @@ def accumulator(tx, state):
     )
 
 
-@pytest.mark.parametrize(
-    "sketched",
-    [pytest.param(False, marks=pytest.mark.slow, id="dense"), pytest.param(True, id="sketched")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sketched", [False, True], ids=["dense", "sketched"])
 def test_optax_microbatch_accumulates_as_the_loop_does(sketched):
     tx = SGD
     together = tuple(x.reshape(-1, *x.shape[2:]) for x in BATCHES)

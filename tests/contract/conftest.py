@@ -70,8 +70,9 @@ TRANSFORMATIONS = {
 
 # What is much like another one runs by night.
 SLOW = {
-    *("accumulate_adafactor", "accumulate_sgd_sum", "accumulate_both_sides", "masked", "momentum"),
+    *("accumulate_adafactor", "accumulate_sgd_sum", "accumulate_both_sides", "masked"),
     *("per_layer_accumulate", "per_layer_adam", "flora", "accumulate_adam_cosine"),
+    *("per_layer_flora", "partition"),
     *("accumulate_adafactor_momentum", "momentum_gaussian_nesterov"),
 }
 

@@ -99,11 +99,9 @@ def test_devices_can_accumulate_on_their_own_and_share_only_sketches(params, gra
     chex.assert_trees_all_close(state, expected_state, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.by_day("accumulate_per_layer")
-@pytest.mark.parametrize(
-    "axis_type",
-    [pytest.param(AxisType.Auto, marks=pytest.mark.slow, id="auto"), AxisType.Explicit],
-)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_divided_parameters_are_updated_as_whole_ones_are(tx, run, params, gradients, axis_type):
     mesh, specs = make_mesh(axis_type), DIVISIONS["rows_and_columns"]
     with jax.set_mesh(mesh):
@@ -148,17 +146,9 @@ def test_on_explicit_meshes_an_update_does_not_change_how_a_state_is_divided(
         jax.eval_shape(step, place(params, mesh, specs))
 
 
-@pytest.mark.parametrize(
-    ("axis_type", "side"),
-    [
-        (AxisType.Explicit, "larger"),
-        pytest.param(AxisType.Auto, "smaller", marks=pytest.mark.slow),
-        pytest.param(AxisType.Explicit, "both", marks=pytest.mark.slow),
-        pytest.param(AxisType.Auto, "both", marks=pytest.mark.slow),
-        pytest.param(AxisType.Auto, "larger", marks=pytest.mark.slow),
-        pytest.param(AxisType.Explicit, "smaller", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("side", ["smaller", "larger", "both"])
 def test_born_compressed_gradients_are_those_of_one_device(axis_type, side):
     """Batches divided along one axis of the mesh, weights along the other."""
     mesh = make_mesh(axis_type)

@@ -54,7 +54,7 @@ KINDS = {
     "accumulate, both": lambda: accumulate(side="both", **COSINE),
     "accumulate, both, int8": lambda: accumulate(side="both", accumulator_dtype=jnp.int8, **COSINE),
 }
-OFTEN = {("momentum", AxisType.Auto), ("accumulate, both", AxisType.Explicit)}
+OFTEN = {("accumulate", AxisType.Explicit)}
 
 
 kinds_and_axis_types = pytest.mark.parametrize(
@@ -142,10 +142,8 @@ def test_a_state_is_divided_as_its_parameters_and_stays_so(kind, division, axis_
         )
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=() if (k, AxisType.Auto) in OFTEN else pytest.mark.slow) for k in KINDS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 @divisions
 def test_on_automatic_meshes_a_compiled_init_divides_sketches_too(kind, division):
     _, params = place(AxisType.Auto, division)
@@ -160,9 +158,8 @@ def test_on_automatic_meshes_a_compiled_init_divides_sketches_too(kind, division
             assert not array.any()
 
 
-@pytest.mark.parametrize(
-    "kind", ["momentum, residual", pytest.param("accumulate, both", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["momentum, residual", "accumulate, both"])
 def test_what_is_saved_on_one_mesh_goes_on_on_another(kind, tmp_path):
     checkpoint = pytest.importorskip("orbax.checkpoint")
     tx, updates = KINDS[kind](), []

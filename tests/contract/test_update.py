@@ -88,6 +88,7 @@ def test_16_bit_parameters_are_updated_as_32_bit_ones_are(tx, run, params, gradi
         assert error < 10 * jnp.finfo(jnp.bfloat16).eps * (1 + jnp.linalg.norm(expected["layers"]))
 
 
+@pytest.mark.slow
 @pytest.mark.by_day("accumulate_per_layer")
 def test_without_jit_it_does_the_same(tx, run, params, gradients):
     updates, state = tx.update(gradients[0], tx.init(params), params)

@@ -104,9 +104,16 @@ FACTORIES = {
         dict(learning_rate=optax.linear_schedule(0.1, 0.0, 5), rank=3, weight_decay_rate=0.1),
     ),
 }
+INJECTED_BY_DAY = {"flora_accumulate"}
 
 
-@pytest.mark.parametrize("factory, arguments", FACTORIES.values(), ids=FACTORIES.keys())
+@pytest.mark.parametrize(
+    "factory, arguments",
+    [
+        pytest.param(*made, id=name, marks=() if name in INJECTED_BY_DAY else pytest.mark.slow)
+        for name, made in FACTORIES.items()
+    ],
+)
 def test_injected_hyperparameters_are_the_plain_ones(factory, arguments, params, gradients):
     injected = optax.inject_hyperparams(factory, static_args="rank")(**arguments)
     plain_updates, plain_state = call(factory(**arguments), params, gradients)
@@ -124,6 +131,7 @@ def test_a_rank_that_is_injected_must_be_named_static(factory, arguments, params
         injected.init(params)
 
 
+@pytest.mark.slow
 def test_an_injected_decay_can_be_scheduled(params, gradients):
     injected = optax.inject_hyperparams(florax.flora_momentum, static_args="rank")(3, SCHEDULE)
     updates, _ = call(injected, params, gradients)
