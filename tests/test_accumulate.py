@@ -252,7 +252,6 @@ def test_the_base_optimizers_computation_stands_in_a_branch_of_a_conditional():
 
 
 @pytest.mark.parametrize("use_grad_mean", [True, pytest.param(False, marks=pytest.mark.slow)])
-# By day `test_laws` says the same of other optimizers.
 @pytest.mark.parametrize(
     "base", [pytest.param(b, marks=() if b == "adamw" else pytest.mark.slow) for b in BASES]
 )

@@ -639,7 +639,7 @@ def on_one_device():
     return updates
 
 
-@pytest.mark.slow  # by day `test_bits` says it of the bits
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis_type, specs",
     [

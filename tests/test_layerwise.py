@@ -83,7 +83,6 @@ def assert_states_are_close(state, expected):
 @pytest.mark.parametrize(
     "name",
     [
-        # By day `test_laws` says the same of a smaller model with flora.
         pytest.param(name, marks=() if name == "sgd" else pytest.mark.slow)
         for name in TRANSFORMATIONS
     ],
@@ -110,7 +109,7 @@ def test_projections_are_those_of_the_stack(params):
         np.testing.assert_array_equal(layers.sketch.key, expected)
 
 
-@pytest.mark.slow  # by day `test_laws` says the same of a smaller model
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["adam", "flora"])
 def test_with_accumulation_it_is_the_mean_gradient_compressed_and_applied_layer_by_layer(
     base, params

@@ -95,14 +95,12 @@ BASES = {
 }
 
 
-# By day `test_laws` says the same of other optimizers, layer by layer too.
-BASE_BY_DAY = "clipped by all of it"
-
-
 @pytest.mark.parametrize(
     "base",
     [
-        pytest.param(base, id=name, marks=() if name == BASE_BY_DAY else pytest.mark.slow)
+        pytest.param(
+            base, id=name, marks=() if name == "clipped by all of it" else pytest.mark.slow
+        )
         for name, base in BASES.items()
     ],
 )

@@ -68,22 +68,14 @@ TRANSFORMATIONS = {
 }
 
 
-# What is much like another one runs by night.
-SLOW = {
-    *("accumulate_adafactor", "accumulate_sgd_sum", "accumulate_both_sides", "masked"),
-    *("per_layer_accumulate", "per_layer_adam", "flora", "accumulate_adam_cosine"),
-    *("per_layer_flora", "partition"),
-    *("accumulate_adafactor_momentum", "momentum_gaussian_nesterov"),
-}
+# These stand for the others by day: each algorithm, and layers that are updated by themselves.
+BY_DAY = ("momentum", "accumulate_per_layer")
 
 
 def pytest_generate_tests(metafunc):
-    """`by_day` names those that a test is run on by day, if not on all that are not `SLOW`."""
     if "name" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("by_day")
-        by_day = marker.args if marker else TRANSFORMATIONS.keys() - SLOW
         params = [
-            pytest.param(name, marks=() if name in by_day else pytest.mark.slow)
+            pytest.param(name, marks=() if name in BY_DAY else pytest.mark.slow)
             for name in TRANSFORMATIONS
         ]
         metafunc.parametrize("name", params, scope="module")

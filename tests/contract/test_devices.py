@@ -55,7 +55,6 @@ def specs(request):
     return request.param
 
 
-@pytest.mark.by_day("accumulate_per_layer")
 def test_data_parallel_replicas_stay_equal(tx, run, params, gradients):
     """Each device has its own gradients; their mean updates a state that all devices share."""
 
@@ -100,7 +99,6 @@ def test_devices_can_accumulate_on_their_own_and_share_only_sketches(params, gra
 
 
 @pytest.mark.slow
-@pytest.mark.by_day("accumulate_per_layer")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_divided_parameters_are_updated_as_whole_ones_are(tx, run, params, gradients, axis_type):
     mesh, specs = make_mesh(axis_type), DIVISIONS["rows_and_columns"]

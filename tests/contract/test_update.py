@@ -89,7 +89,6 @@ def test_16_bit_parameters_are_updated_as_32_bit_ones_are(tx, run, params, gradi
 
 
 @pytest.mark.slow
-@pytest.mark.by_day("accumulate_per_layer")
 def test_without_jit_it_does_the_same(tx, run, params, gradients):
     updates, state = tx.update(gradients[0], tx.init(params), params)
     chex.assert_trees_all_close((updates, state), (run.updates[0], run.states[0]), **CLOSE)
