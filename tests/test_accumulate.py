@@ -281,6 +281,7 @@ def test_accumulate_and_finish_in_one_jit_are_updates_called_every_k_times(base,
         chex.assert_trees_all_equal(s.gradient_step, jnp.int32(cycle + 1))
 
 
+@pytest.mark.slow
 def test_accumulate_leaves_out_what_the_skip_function_rejects(optimized):
     tx = florax.flora_accumulate(
         optax.sgd(1.0), 4, rank=3, should_skip_update_fn=optax.skip_not_finite

@@ -143,6 +143,7 @@ def test_all_ways_to_accumulate_are_those_of_stacks_along_the_first_axis(base, s
         chex.assert_trees_all_close(kept[name], wanted[name], **CLOSE)
 
 
+@pytest.mark.slow
 def test_every_layer_is_a_block_of_its_own():
     """Counted from the end, the axis is that of matrices and vectors alike."""
     params = {"down": normal(7, WIDTH, INNER, LAYERS), "norm": normal(8, WIDTH, LAYERS)}

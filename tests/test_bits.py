@@ -477,6 +477,7 @@ def test_the_base_optimizer_sees_the_mean_within_the_scales_of_its_roundings(dty
     assert np.mean(abs(-updates - exact) < allowed / 2) > 0.5
 
 
+@pytest.mark.slow
 def test_8_bits_are_right_on_average_over_base_keys():
     """The mean over many keys of the roundings is what float32 accumulates."""
     count, grads = 500, draws.normal(1, 3, 240)

@@ -355,13 +355,8 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "shape, axes",
-    [
-        pytest.param(*own, id=name, marks=() if name == "rows" else pytest.mark.slow)
-        for name, own in GEOMETRIES.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape, axes", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_whatever_its_axes_a_leaf_of_low_rank_is_recovered(shape, axes):
     """Of rank 1 where the first sketch has 3."""
     rng, factors = np.random.default_rng(0), np.ones(shape)

@@ -137,6 +137,7 @@ def test_a_large_model_is_split_into_files_with_an_index(untied, pristine, tmp_p
     jax.tree.map(np.testing.assert_array_equal, found, whole)
 
 
+@pytest.mark.slow
 def test_parameters_get_the_dtype_asked_for_and_files_that_of_the_parameters(tied, tmp_path):
     checkpoints.save(tied, tmp_path / "float32")
     low = checkpoints.load(tmp_path / "float32", GPT2, param_dtype=jnp.bfloat16)
@@ -237,7 +238,8 @@ def test_a_tensor_may_have_another_name(untied, folder, monkeypatch):
     assert_same(checkpoints.load(folder, GPT2), untied)
 
 
-@pytest.mark.parametrize("stack", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", [False, True])
 def test_fresh_tensors_are_drawn_and_the_others_are_loaded(untied, folder, stack):
     def load(seed):
         config = dataclasses.replace(UNTIED, n_positions=9)

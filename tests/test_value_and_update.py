@@ -372,6 +372,7 @@ def test_a_step_is_compiled_once():
 # --- the loss and what comes with it reach the optimizer
 
 
+@pytest.mark.slow
 def test_the_optimizer_is_given_the_mean_loss_and_the_extra_arguments():
     """As Optax's own optimizers are that look at the value of the loss."""
 
