@@ -254,7 +254,8 @@ def progress(s, output):
     return Checkpoints(output / "none" / "checkpoint").latest() or 0
 
 
-@pytest.mark.parametrize("share", [0.02, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.02, 1])
 def test_a_run_goes_on_from_whatever_is_there(share, tmp_path, monkeypatch):
     """As if it had been killed before a change of the file system: some of them, or each."""
     s = settings(tmp_path / "run", **EVERY_UPDATE)

@@ -98,6 +98,7 @@ def test_a_whole_step_takes_less_than_the_gradients(stacked):
         assert used.temp_size_in_bytes < 3 * LEAF
 
 
+@pytest.mark.slow
 @LAYERS_BY_DAY
 def test_accumulating_born_gradients_takes_a_gradient_less(stacked):
     """The gradient of a matrix, or of the whole stack that a dense scan collects.

@@ -143,8 +143,8 @@ def containers():
 @pytest.mark.parametrize(
     "to",
     [
-        *(pytest.param(to, marks=pytest.mark.slow) for to in ("deeper", "a list")),
-        *("linen boxes", "nnx variables", "nnx values"),
+        *(pytest.param(to, marks=pytest.mark.slow) for to in ("deeper", "a list", "linen boxes")),
+        *("nnx variables", "nnx values"),
     ],
 )
 @pytest.mark.parametrize(

@@ -57,20 +57,8 @@ BASES = {
 }
 
 
-SLOW_BASES = {
-    *("identity", "zero", "sgd", "lamb", "norm clipped after", "parts", "another cycle in it"),
-    *("where finite", "per layer: adam", "adamw", "adafactor", "lion", "norm clipped before"),
-    *("flora", "per layer: norm clipped"),
-}
-
-
-@pytest.mark.parametrize(
-    "base",
-    [
-        pytest.param(base, id=name, marks=pytest.mark.slow if name in SLOW_BASES else ())
-        for name, base in BASES.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES.keys())
 def test_it_does_what_an_update_does(base):
     tx = florax.flora_accumulate(
         base,

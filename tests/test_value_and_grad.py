@@ -21,8 +21,6 @@ def some(names, slow):
 
 
 BY_DAY = {
-    "a_conditional",
-    "a_scan_of_a_checkpoint",
     "concatenated_and_padded",
     "convolutions_of_every_kind",
     "lookups_of_every_kind",

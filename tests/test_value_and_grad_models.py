@@ -154,19 +154,20 @@ def nnx_dropout_and_batch_norm(nnx):
 
 
 NNX = [
-    pytest.param(nnx_linear, marks=pytest.mark.slow),
-    pytest.param(nnx_bfloat16, marks=pytest.mark.slow),
-    pytest.param(nnx_linear_general, marks=pytest.mark.slow),
-    pytest.param(nnx_attention, marks=pytest.mark.slow),
-    pytest.param(nnx_convolution, marks=pytest.mark.slow),
-    pytest.param(nnx_tied_head, marks=pytest.mark.slow),
-    pytest.param(nnx_scan, marks=pytest.mark.slow),
-    pytest.param(nnx_scan_of_remat, marks=pytest.mark.slow),
-    pytest.param(nnx_jit_and_remat, marks=pytest.mark.slow),
+    nnx_linear,
+    nnx_bfloat16,
+    nnx_linear_general,
+    nnx_attention,
+    nnx_convolution,
+    nnx_tied_head,
+    nnx_scan,
+    nnx_scan_of_remat,
+    nnx_jit_and_remat,
     nnx_dropout_and_batch_norm,
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", NNX)
 def test_of_flax_nnx(nnx, make):
     losses.check(make(nnx))

@@ -71,14 +71,10 @@ CONVERGING = {
 }
 
 
-# By day each algorithm, with an optimizer inside.
-CONVERGING_BY_DAY = {"accumulate_adam_cosine", "flora"}
-
-
 @pytest.mark.parametrize(
     "tx",
     [
-        pytest.param(tx, id=name, marks=() if name in CONVERGING_BY_DAY else pytest.mark.slow)
+        pytest.param(tx, id=name, marks=() if name == "flora" else pytest.mark.slow)
         for name, tx in CONVERGING.items()
     ],
 )
