@@ -28,7 +28,8 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_finish():
-    # Tracing makes many objects, and what was imported stays: one pass over it in ten is enough.
+    # Tracing makes many objects that live on: what is there by now is not looked through again, and
+    # the rest more seldom.
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
 

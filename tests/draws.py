@@ -26,17 +26,26 @@ def tokens(vocabulary: int, *shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(1, vocabulary, shape), jnp.int32)
 
 
-def module(make: Callable[[], Any], scale: float) -> Any:
-    """The `nnx.Module` that `make` makes, none of whose parameters are zeros or ones."""
+def module(make: Callable[[], Any], parameter: Callable[[Sequence[Any], Any], Any]) -> Any:
+    """The `nnx.Module` that `make` makes, with what `parameter` makes of a path and a shape.
+
+    Not with what `make` draws: a program for that takes seconds to compile.
+    """
     from flax import nnx
 
-    draw, model = np.random.default_rng(0), nnx.eval_shape(make)
-
-    def parameter(path: Sequence[Any], like: jax.Array) -> jax.Array:
-        numbers = draw.standard_normal(like.shape)
-        drawn = 1 + numbers / 10 if path[-1] == "scale" else scale * numbers
-        return jnp.asarray(drawn, like.dtype)
-
+    model = nnx.eval_shape(make)
     flat = nnx.to_flat_state(nnx.state(model))
-    nnx.update(model, nnx.from_flat_state({path: parameter(path, x) for path, x in flat}))
+    drawn = {path: jnp.asarray(parameter(path, x.shape), x.dtype) for path, x in flat}
+    nnx.update(model, nnx.from_flat_state(drawn))
     return model
+
+
+def normal_module(make: Callable[[], Any], scale: float) -> Any:
+    """With normal parameters; those that scale norms are near one. None is zero or one."""
+    draw = np.random.default_rng(0)
+
+    def parameter(path: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
+        numbers = draw.standard_normal(shape)
+        return 1 + numbers / 10 if path[-1] == "scale" else scale * numbers
+
+    return module(make, parameter)

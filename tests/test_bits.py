@@ -182,18 +182,9 @@ SAVED = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "save_and_restore",
-    [
-        with_orbax,
-        with_savez,
-        with_pickle,
-        with_flax,
-    ],
+    [with_orbax, with_savez, with_pickle, with_flax],
 )
-@pytest.mark.parametrize(
-    "tx",
-    SAVED.values(),
-    ids=SAVED.keys(),
-)
+@pytest.mark.parametrize("tx", SAVED.values(), ids=SAVED.keys())
 def test_a_restored_state_goes_on_bit_for_bit(tx, save_and_restore, tmp_path):
     if save_and_restore is with_flax:
         pytest.importorskip("flax.serialization")
@@ -209,8 +200,8 @@ def test_a_restored_state_goes_on_bit_for_bit(tx, save_and_restore, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [accumulate, *by_night([momentum])])
-@pytest.mark.parametrize("now", [jnp.int4, *by_night([jnp.int2], [None])])
+@BOTH
+@pytest.mark.parametrize("now", [jnp.int4, jnp.int2, None])
 def test_the_state_says_in_how_many_bits_it_is_whatever_is_asked_for_later(make, now):
     """As in floats, a state goes on as it was made: no number is read in the wrong bits."""
     made, other = make(dtype=jnp.int8), make(dtype=now)
@@ -282,14 +273,11 @@ def on_mesh(tx, axis_type, specs):
         return jax.device_get((updates, state))
 
 
-AXIS_TYPES = pytest.mark.parametrize(
-    "axis_type", [AxisType.Explicit, *by_night([AxisType.Auto])], ids=["explicit", "auto"]
-)
 FULL_SIZE, SKETCHED = both(full_size), both(3)
 
 
 @pytest.mark.slow
-@AXIS_TYPES
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
 def test_on_a_mesh_the_bits_are_those_of_one_device(axis_type, specs):
     """Two micro-batches: the halves of numbers are exact, of thirds XLA makes two kinds.
@@ -388,7 +376,7 @@ def test_hyperparameters_are_injected_with_the_dtype_static(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [momentum, *by_night([accumulate])])
+@BOTH
 def test_a_donated_state_is_given_up_and_gives_the_same(make):
     tx = make(3, jnp.int8)
     expected = tx.init(PARAMS)

@@ -88,7 +88,7 @@ SHAPES = [(24, 24, 5, 8), (32, 24, 4, 8), (48, 12, 3, 18), (64, 16, 2, 12), (96,
 
 
 def shapes(least=1):
-    """Those whose k is not below that; two by day, a square and one with the lowest share of k."""
+    """Those whose k is not below that; by day a square one, and one whose k is a sixth of l."""
     return [
         shape if shape in ((24, 24, 5, 8), (48, 12, 3, 18)) else by_night(*shape)
         for shape in SHAPES

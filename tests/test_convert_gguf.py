@@ -67,7 +67,7 @@ KINDS = {"token_embd": Kind.Q8_0, "attn_q": Kind.Q4_0, "ffn_up": Kind.Q4_1, "ffn
 
 
 def build():
-    return draws.module(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)), scale=0.3)
+    return draws.normal_module(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)), scale=0.3)
 
 
 def train_tokenizer(pre_tokenizer):

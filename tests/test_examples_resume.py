@@ -255,7 +255,7 @@ def progress(s, output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.02, 1])
+@pytest.mark.parametrize("share", [0.02, 1], ids=["some", "all"])
 def test_a_run_goes_on_from_whatever_is_there(share, tmp_path, monkeypatch):
     """As if it had been killed before a change of the file system: some of them, or each."""
     s = settings(tmp_path / "run", **EVERY_UPDATE)

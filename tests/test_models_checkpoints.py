@@ -32,7 +32,7 @@ UNTIED = dataclasses.replace(TINY, tie_word_embeddings=False)
 
 
 def build(config):
-    return draws.module(lambda: GPT2(config, rngs=nnx.Rngs(0)), scale=1.0)
+    return draws.normal_module(lambda: GPT2(config, rngs=nnx.Rngs(0)), scale=1.0)
 
 
 def stacked(model):

@@ -54,7 +54,7 @@ class Recurrent:
 def gpt2():
     # Initial weights so large that attention matters and that no two scores are close.
     config = GPT2Config(VOCABULARY, 16, n_embd=8, n_layer=2, n_head=2, initializer_range=0.5)
-    return draws.module(lambda: GPT2(config, rngs=nnx.Rngs(0)), scale=0.5)
+    return draws.normal_module(lambda: GPT2(config, rngs=nnx.Rngs(0)), config.initializer_range)
 
 
 def stacked_gpt2():

@@ -35,7 +35,7 @@ TINY = GPT2Config(
 
 def build(config, **options):
     scale = config.initializer_range
-    return draws.module(lambda: GPT2(config, rngs=nnx.Rngs(0), **options), scale)
+    return draws.normal_module(lambda: GPT2(config, rngs=nnx.Rngs(0), **options), scale)
 
 
 def in_form(model, stacked, **options):

@@ -60,7 +60,7 @@ SCALED = RopeScaling(
 
 
 def build(config):
-    return draws.module(lambda: Llama(config, rngs=nnx.Rngs(0)), config.initializer_range)
+    return draws.normal_module(lambda: Llama(config, rngs=nnx.Rngs(0)), config.initializer_range)
 
 
 @functools.partial(jax.jit, static_argnums=0)

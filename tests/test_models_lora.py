@@ -30,7 +30,7 @@ FORMS = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def plain():
-    return draws.module(lambda: GPT2(TINY, rngs=nnx.Rngs(0)), TINY.initializer_range)
+    return draws.normal_module(lambda: GPT2(TINY, rngs=nnx.Rngs(0)), TINY.initializer_range)
 
 
 @pytest.fixture(scope="module")

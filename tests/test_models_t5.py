@@ -55,12 +55,7 @@ GATED = dataclasses.replace(
 
 
 def with_weights(config, weight, **options):
-    """A model; to draw its initial weights would be a program that takes seconds to compile."""
-    model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0), **options))
-    params = nnx.to_flat_state(nnx.state(model))
-    flat = [(path, jnp.asarray(weight(path, x.shape), x.dtype)) for path, x in params]
-    nnx.update(model, nnx.from_flat_state(flat))
-    return model
+    return draws.module(lambda: T5(config, rngs=nnx.Rngs(0), **options), weight)
 
 
 def random_model(config):

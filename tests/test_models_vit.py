@@ -45,7 +45,7 @@ TINY = ViTConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    return draws.module(lambda: ViT(TINY, rngs=nnx.Rngs(0)), TINY.initializer_range)
+    return draws.normal_module(lambda: ViT(TINY, rngs=nnx.Rngs(0)), TINY.initializer_range)
 
 
 def variant(model, *, stacked=False, **options):
