@@ -1,6 +1,8 @@
 """pyproject.toml, the READMEs, the documentation and what CI runs agree on versions and names."""
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -95,3 +97,26 @@ def test_a_commit_is_checked_by_the_tools_of_ci():
     assert tools == {"ruff", "mypy"}
     assert all(f'/{tool}"' in CI for tool in tools)
     assert set(re.findall(r"language: (.*)$", hooks, re.M)) == {"system"}
+
+
+@pytest.mark.parametrize("left", ["", "set -m; sleep 60 & background=$!; set +m; "])
+@pytest.mark.parametrize("steps, status", [("true", 0), ("false", 1), ("(exit 7)", 7)])
+def test_ci_ends_with_the_status_of_its_steps_and_leaves_nothing(tmp_path, steps, status, left):
+    before_the_steps = CI[: CI.index("# The path of a Python")]
+    script = tmp_path / "ci" / "run"
+    script.parent.mkdir()
+    script.write_text(f'{before_the_steps}{left}echo "$background"; touch "$work/file"; {steps}\n')
+    made = tmp_path / "made"
+    made.mkdir()
+    ended = subprocess.run(
+        ["bash", script],
+        env={**os.environ, "TMPDIR": str(made)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (ended.returncode, ended.stderr) == (status, "")
+    assert not list(made.iterdir())
+    if left:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(int(ended.stdout), 0)
