@@ -75,6 +75,29 @@ def test_a_failure_is_a_row_and_tried_again(tmp_path, monkeypatch):
     assert len(results.read(tmp_path, "bench")) == 2
 
 
+def test_what_diverged_is_read_as_it_was_measured_from_lines_that_any_reader_of_json_takes(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FLORAX_DEVICE", "here")
+    figures = {"losses": [np.nan, 2.5], "sweep": [[np.nan], [1.0, np.inf]], "mean": np.nan, "n": 3}
+    results.get(tmp_path, "bench", {"model": None, "rates": [0.5]}, lambda: figures)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    line = (tmp_path / "bench.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse)["losses"] == [None, 2.5]
+    row = results.latest(tmp_path, "bench", {"model": None, "rates": [0.5]})
+    assert_array_equal(row["losses"], [np.nan, 2.5])
+    assert_array_equal(row["sweep"][1], [1.0, np.nan])
+    assert row["mean"] is None and row["n"] == 3
+
+
+@pytest.mark.parametrize("file", sorted(results.FOLDER.glob("*.jsonl")), ids=lambda x: x.stem)
+def test_published_rows_are_json_to_strict_readers(file):
+    assert "NaN" not in file.read_text() and "Infinity" not in file.read_text()
+
+
 def test_a_fingerprint_is_of_the_program_alone():
     def f(x):
         return jnp.sin(x) * 2

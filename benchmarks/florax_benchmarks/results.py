@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -40,7 +41,25 @@ def read(folder: Path, benchmark: str) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=16)
 def _rows(file: Path, changed: int, size: int) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [_as_nan(json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def _as_null(value: Any) -> Any:
+    """With null for what diverged, for JSON has only finite numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _as_null(own) for name, own in value.items()}
+    return [_as_null(own) for own in value] if isinstance(value, list | tuple) else value
+
+
+def _as_nan(value: Any) -> Any:
+    """With NaN for null in lists, which are of numbers; elsewhere null is a setting's None."""
+    if isinstance(value, dict):
+        return {name: _as_nan(own) for name, own in value.items()}
+    if not isinstance(value, list):
+        return value
+    return [math.nan if own is None else _as_nan(own) for own in value]
 
 
 def latest(folder: Path, benchmark: str, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -109,7 +128,7 @@ def _append(
     }
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{benchmark}.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(_as_null(row), allow_nan=False) + "\n")
     return row
 
 
