@@ -1,9 +1,16 @@
-"""Eight host devices; compiled programs are freed after each module, and kept for the next run."""
+"""Eight host devices; compiled programs are freed after each module, and kept for the next run.
+
+With `JAX_PLATFORMS=cuda` in the environment the tests run on GPUs; `meshes.make` skips those that
+need more devices than there are.
+"""
 
 import gc
 import os
 from pathlib import Path
 
+# On the CPU also where there is a GPU; processes that share a GPU take its memory as they need it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # What compiled before does not compile again, in another process or another run: most of the time
 # that the tests take. `pytest --cache-clear` empties the folder "d".
 os.environ |= {
@@ -22,9 +29,14 @@ os.environ.setdefault("NPROC", "32")
 import jax
 import pytest
 
-# XLA compiles faster without its optimizations, and tests are about values: without them the same
-# products come out the same, too. Tests of what XLA makes of a program name `optimized`.
-jax.config.update("jax_disable_most_optimizations", True)
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
+if ON_CPU:
+    # XLA compiles faster without its optimizations, and tests are about values: without them the
+    # same products come out the same, too. Tests of what XLA makes of a program name `optimized`.
+    jax.config.update("jax_disable_most_optimizations", True)
+else:
+    # A GPU multiplies float32 in TF32 unless it is told; tolerances are those of float32.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_finish():
@@ -47,4 +59,4 @@ def optimized():
     """What is compiled in a test that names it is compiled as ever: products and sums are fused."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", ON_CPU)

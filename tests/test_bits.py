@@ -9,6 +9,7 @@ import chex
 import draws
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -261,7 +262,7 @@ def on_one_device(tx):
 
 
 def on_mesh(tx, axis_type, specs):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    mesh = meshes.make((4, 2), ("x", "y"), axis_type)
     with jax.set_mesh(mesh):
         params = sharded(WIDE, specs, mesh)
         state, updates = jax.jit(tx.init)(params), []
@@ -311,7 +312,7 @@ def test_sketches_on_a_mesh_are_those_of_one_device_but_for_single_roundings(axi
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
 @BOTH
 def test_on_an_explicit_mesh_words_and_scales_are_divided_as_what_is_before_them(make, specs):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = meshes.make((4, 2), ("x", "y"), AxisType.Explicit)
     with jax.set_mesh(mesh):
         params = sharded(WIDE, specs, mesh)
         arrays = jax.eval_shape(make(full_size).init, params).sketch.arrays
@@ -531,7 +532,7 @@ def test_a_whole_step_on_a_mesh_is_that_of_one_device(rank, bits, kind):
     step = jax.jit(florax.value_and_update(loss_fn, tx))
     x = draws.normal(3, 4, 8, 16)
     expected = step(params, tx.init(params), x)[1]
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(KINDS[kind],) * 2)
+    mesh = meshes.make((2, 4), ("data", "model"), KINDS[kind])
     with jax.set_mesh(mesh):
         shardings = {name: NamedSharding(mesh, spec) for name, spec in divided.items()}
         own = jax.device_put(params, shardings)

@@ -8,6 +8,7 @@ import chex
 import draws
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -648,7 +649,7 @@ def on_one_device():
     ],
 )
 def test_on_a_mesh_updates_are_those_of_one_device(axis_type, specs):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    mesh = meshes.make((4, 2), ("x", "y"), axis_type)
     with jax.set_mesh(mesh):
         params = placed(WIDE, specs, mesh)
         state, update = jax.jit(ON_MESH.init)(params), jax.jit(ON_MESH.update)
@@ -663,7 +664,7 @@ def test_on_a_mesh_updates_are_those_of_one_device(axis_type, specs):
 
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS.keys())
 def test_on_an_explicit_mesh_each_sketch_is_divided_along_its_own_side(specs):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = meshes.make((4, 2), ("x", "y"), AxisType.Explicit)
     with jax.set_mesh(mesh):
         arrays = jax.eval_shape(ON_MESH.init, placed(WIDE, specs, mesh)).sketch.arrays
         short, long = (*specs["kernel"], None)[:2]
@@ -677,7 +678,7 @@ def test_on_an_explicit_mesh_each_sketch_is_divided_along_its_own_side(specs):
 
 @pytest.mark.slow  # by day with one sketch, in `contract/test_devices`
 def test_devices_may_accumulate_by_themselves_and_share_only_sketches():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = meshes.make((8,), ("data",))
     params = {"kernel": jnp.zeros((16, 24))}
     tx = accumulate(optax.sgd(1.0), rank=6)
     grads = draws.normal(0, 8, 2, 16, 24)

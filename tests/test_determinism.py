@@ -9,6 +9,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -155,7 +156,7 @@ def test_the_default_prng_does_not_change_it(projection):
 def test_devices_do_not_change_it(projection, axis_type):
     params = {"layers": jnp.zeros((2, 24, 16))}
     expected = draw(LAYERS, projection, params=params)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    mesh = meshes.make((4, 2), ("x", "y"), axis_type)
     kept = sketches(projection, params=params)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, P("y", None, "x"))

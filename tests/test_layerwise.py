@@ -4,6 +4,7 @@ import chex
 import draws
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -272,8 +273,7 @@ def test_inner_programs_keep_their_mesh(name, devices):
         y = MODELS[name](x @ params["embed"], params["encoder"])
         return jnp.mean((y @ params["embed"].T) ** 2)
 
-    mesh = jax.make_mesh((devices,), ("d",), devices=jax.devices()[:devices])
-    assert mesh.axis_types == (AxisType.Explicit,)
+    mesh = meshes.make((devices,), ("d",), AxisType.Explicit)
     encoder = {"down": normal(4, 4, 24, 16), "up": normal(5, 4, 16, 24)}
     params = {"embed": normal(2, 12, 16), "encoder": encoder}
     tx = florax.per_layer(optax.adam(0.1, eps=0.1), {"embed": False, "encoder": True})
@@ -295,7 +295,7 @@ def test_a_jit_that_says_how_its_result_is_divided_still_does(in_body):
         x = x if in_body else sine(x)
         return jnp.sum(jax.lax.scan(layer, x, params["layers"])[0])
 
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = meshes.make((8,), ("d",))
     tx = florax.per_layer(optax.sgd(1.0), True)
     with jax.set_mesh(mesh):
         step = jax.make_jaxpr(layerwise(loss, tx))(LAYERS, tx.init(LAYERS), normal(1, 8, 4))

@@ -8,6 +8,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -326,11 +327,14 @@ def test_sketches_may_be_cast_and_their_norm_is_that_of_what_they_keep():
 
 # --- boxes of parameters, on a mesh
 
-MESH = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+@pytest.fixture
+def mesh():
+    return meshes.make((4, 2), ("x", "y"))
 
 
 @pytest.mark.slow
-def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
+def test_both_sketches_in_boxes_of_linen_name_their_own_axes(mesh):
     """C those of the rows, R those of the columns: the larger side is the rows."""
     linen = pytest.importorskip("flax.linen")
     boxed = {
@@ -349,7 +353,7 @@ def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
         side="both",
         dimension_numbers=lambda path, leaf: numbers.get(path[0].key),
     )
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(mesh):
         specs = linen.get_partition_spec(jax.eval_shape(tx.init, boxed)).sketch.arrays
         assert specs == {
             "bias": P("x"),
@@ -357,7 +361,7 @@ def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
             "matrix": (P("y", None), P("x", None)),
             "stack": (P(None, "y", None), P(None, "x", None)),
         }
-        shardings = jax.tree.map(lambda spec: NamedSharding(MESH, spec), specs)
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         init = jax.jit(lambda p: linen.unbox(tx.init(p).sketch.arrays), out_shardings=shardings)
         assert [x.sharding.spec for x in init(boxed)["matrix"]] == [P("y", None), P("x", None)]
     updates, _ = tx.update(boxed, tx.init(boxed), boxed)
@@ -370,7 +374,7 @@ def test_both_sketches_in_boxes_of_linen_name_their_own_axes():
 @pytest.mark.slow
 @pytest.mark.parametrize("logical", [False, True], ids=["Partitioned", "LogicallyPartitioned"])
 @pytest.mark.parametrize("tx", [momentum(), accumulate()], ids=["momentum", "accumulate"])
-def test_sketches_in_boxes_of_linen_name_their_own_axes(tx, logical):
+def test_sketches_in_boxes_of_linen_name_their_own_axes(tx, logical, mesh):
     linen = pytest.importorskip("flax.linen")
     box = linen.LogicallyPartitioned if logical else linen.Partitioned
     boxed = {
@@ -383,7 +387,7 @@ def test_sketches_in_boxes_of_linen_name_their_own_axes(tx, logical):
     kind = type(tx.init(PARAMS))
     settings = dict(rank=3, dimension_numbers=lambda path, leaf: numbers.get(path[0].key))
     tx = momentum(**settings) if kind is florax.FloraMomentumState else accumulate(**settings)
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(mesh):
         shapes = jax.eval_shape(tx.init, boxed)
         specs = linen.get_partition_spec(shapes).sketch.arrays
         if logical:
@@ -394,7 +398,7 @@ def test_sketches_in_boxes_of_linen_name_their_own_axes(tx, logical):
             "matrix": P("y", None),
             "transposed": P("x", None),
         }
-        shardings = jax.tree.map(lambda spec: NamedSharding(MESH, spec), specs)
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         init = jax.jit(lambda p: linen.unbox(tx.init(p).sketch.arrays), out_shardings=shardings)
         arrays = init(boxed)
         assert arrays["matrix"].sharding.spec == P("y", None)
@@ -414,7 +418,7 @@ def test_boxes_may_be_empty_as_they_are_in_the_parts_of_per_layer():
 
 
 @pytest.mark.slow
-def test_an_nnx_optimizer_of_a_partitioned_model_is_made_on_a_mesh():
+def test_an_nnx_optimizer_of_a_partitioned_model_is_made_on_a_mesh(mesh):
     nnx = pytest.importorskip("flax.nnx")
 
     class Model(nnx.Module):
@@ -431,7 +435,7 @@ def test_an_nnx_optimizer_of_a_partitioned_model_is_made_on_a_mesh():
             return self.up(x).sum() + self.attention(x).sum()
 
     axes = florax.FloraDimensionNumbers(0, (1, 2))
-    with jax.set_mesh(MESH):
+    with jax.set_mesh(mesh):
         model = Model(nnx.Rngs(0))
         tx = accumulate(
             momentum(),

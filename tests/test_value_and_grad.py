@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import losses
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -456,13 +457,15 @@ def test_it_may_be_mapped_over_models(name):
         chex.assert_trees_all_close(of_one[0], sketch_of(of_one[1], of_one[2]), **CLOSE)
 
 
-MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.fixture
+def mesh():
+    return meshes.make((8,), ("data",))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", ["a_plain_function", "a_tied_weight", "a_scan_of_a_checkpoint"])
-def test_devices_may_each_have_their_share_of_the_batch(name, check_vma):
+def test_devices_may_each_have_their_share_of_the_batch(name, check_vma, mesh):
     """As with `jax.grad`: with `check_vma` gradients of what is replicated are summed."""
     case = losses.CASES[name]()
     tx = case.transformation()
@@ -476,7 +479,7 @@ def test_devices_may_each_have_their_share_of_the_batch(name, check_vma):
 
         specs = (P(), P(), P("data"))
         return jax.jit(
-            jax.shard_map(share, mesh=MESH, in_specs=specs, out_specs=P(), check_vma=check_vma)
+            jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
         )
 
     def born(params, state, x):
@@ -496,8 +499,8 @@ def test_devices_may_each_have_their_share_of_the_batch(name, check_vma):
             losses.assert_is_gradient(gradient, want, case.eps)
 
 
-def test_a_loss_on_several_devices_keeps_its_dense_gradients():
-    @jax.shard_map(mesh=MESH, in_specs=(P(), P("data")), out_specs=P())
+def test_a_loss_on_several_devices_keeps_its_dense_gradients(mesh):
+    @jax.shard_map(mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     def loss(params, x):
         return jax.lax.pmean(losses.size(losses.block(x[0], params)), "data")
 
@@ -506,9 +509,6 @@ def test_a_loss_on_several_devices_keeps_its_dense_gradients():
 
 
 # --- meshes with explicit axes
-
-
-EXPLICIT = (jax.sharding.AxisType.Explicit,)
 
 
 def looked_up_across_devices(params, x, ids):
@@ -544,7 +544,7 @@ def in_other_ways(params, x, ids):
 )
 @pytest.mark.parametrize("side", ["smaller", pytest.param("larger", marks=pytest.mark.slow)])
 def test_meshes_may_have_explicit_axes(loss, devices, side):
-    mesh = jax.make_mesh((devices,), ("data",), EXPLICIT, devices=jax.devices()[:devices])
+    mesh = meshes.make((devices,), ("data",), jax.sharding.AxisType.Explicit)
     with jax.set_mesh(mesh):
         params = {"embed": losses.normal(32, 11), "up": losses.normal(11, 13)}
         params = jax.device_put(params, P())
@@ -571,9 +571,9 @@ def test_meshes_may_have_explicit_axes(loss, devices, side):
         np.testing.assert_allclose(got, jax.jit(loss)(params, x, ids), rtol=1e-6)
 
 
-def test_an_inner_jit_keeps_the_division_of_its_result():
+def test_an_inner_jit_keeps_the_division_of_its_result(mesh):
     def loss(params, x):
-        divided = jax.sharding.NamedSharding(MESH, P("data"))
+        divided = jax.sharding.NamedSharding(mesh, P("data"))
         return losses.size(jax.jit(jnp.matmul, out_shardings=divided)(x, params["up"]))
 
     tx, x = accumulate(), losses.normal(8, 11)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import losses
+import meshes
 import pytest
 from losses import LAYERS, WIDTH, Case
 
@@ -231,5 +232,5 @@ def test_of_random_programs(program):
 @settings(40)
 @hypothesis.given(programs(2, hows=PRODUCTS + OPAQUE))
 def test_of_random_programs_on_a_mesh_with_explicit_axes(program):
-    with jax.set_mesh(jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Explicit,))):
+    with jax.set_mesh(meshes.make((8,), ("data",), jax.sharding.AxisType.Explicit)):
         check(program, lambda tree: jax.device_put(tree, jax.P()))

@@ -7,6 +7,7 @@ import chex
 import draws
 import jax
 import jax.numpy as jnp
+import meshes
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -32,7 +33,7 @@ def params(params):
 
 
 def make_mesh(axis_type):
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    return meshes.make((2, 4), ("data", "model"), axis_type)
 
 
 def place(tree, mesh, specs):

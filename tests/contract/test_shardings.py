@@ -6,6 +6,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import meshes
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -78,7 +79,7 @@ divisions = pytest.mark.parametrize(
 
 def place(axis_type, division):
     """A mesh of eight devices, and parameters on it."""
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    mesh = meshes.make((2, 4), ("data", "model"), axis_type)
     shapes = {"kernel": (ROWS, COLUMNS), "bias": (COLUMNS,), "layers": (3, ROWS, COLUMNS)}
     keys = dict(zip(shapes, jax.random.split(jax.random.key(0), 3), strict=True))
     params = {

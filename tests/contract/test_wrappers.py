@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import meshes
 import numpy as np
 import optax
 import pytest
@@ -66,7 +67,7 @@ SHARDED = {
 @pytest.mark.parametrize("tx", SHARDED.values(), ids=SHARDED.keys())
 def test_map_params_gives_a_tree_of_shardings_that_places_the_state(tx):
     """Adam's moments as the parameters, be it of layers; the sketches like the counts."""
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = meshes.make((4,), ("x",))
     params = {"bias": jnp.ones(8), "kernel": jnp.ones((12, 8)), "layers": jnp.ones((2, 8, 12))}
     like_params = {
         "bias": NamedSharding(mesh, PartitionSpec("x")),
