@@ -1,16 +1,21 @@
 """Eight host devices; compiled programs are freed after each module, and kept for the next run.
 
-With `JAX_PLATFORMS=cuda` in the environment the tests run on GPUs; `meshes.make` skips those that
-need more devices than there are.
+With `JAX_PLATFORMS=cuda,cpu` in the environment the tests run on GPUs; `meshes.make` skips those
+that need more devices than there are.
 """
 
 import gc
 import os
 from pathlib import Path
 
-# On the CPU also where there is a GPU; processes that share a GPU take its memory as they need it.
+# On the CPU also where there is a GPU. A GPU multiplies float32 in TF32 unless it is told, where
+# tolerances are float32's; processes that share it take its memory as they need it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ |= (
+    {}
+    if os.environ["JAX_PLATFORMS"] == "cpu"
+    else {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+)
 # What compiled before does not compile again, in another process or another run: most of the time
 # that the tests take. `pytest --cache-clear` empties the folder "d".
 os.environ |= {
@@ -29,14 +34,10 @@ os.environ.setdefault("NPROC", "32")
 import jax
 import pytest
 
+# XLA compiles faster without its optimizations, and tests are about values: without them the same
+# products come out the same, too. Tests of what XLA makes of a program name `optimized`.
 ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
-if ON_CPU:
-    # XLA compiles faster without its optimizations, and tests are about values: without them the
-    # same products come out the same, too. Tests of what XLA makes of a program name `optimized`.
-    jax.config.update("jax_disable_most_optimizations", True)
-else:
-    # A GPU multiplies float32 in TF32 unless it is told; tolerances are those of float32.
-    jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", ON_CPU)
 
 
 def pytest_collection_finish():

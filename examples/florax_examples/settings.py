@@ -29,8 +29,8 @@ class Training:
     method: Literal["none", "naive", "lora", "paper", "flora", "all"] = "flora"
     data: str = ""  # a folder, or a data set of the Hugging Face hub
     output: Path = Path("runs")  # folder for results.json, loss.png, weights and logs
-    # go on from the last checkpoint in the output folder: to the same bits, and on another mesh but
-    # for rounding
+    # go on from the last checkpoint in the output folder: to the same bits (on a GPU with
+    # XLA_FLAGS=--xla_gpu_deterministic_ops=true), and on another mesh but for rounding
     resume: bool = False
     seed: int = 0  # of new weights, the order of the data and the projections
 
