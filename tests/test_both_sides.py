@@ -173,6 +173,21 @@ def roundings(g, rank, a, b):
     return 2 * math.sqrt(n) * EPS * (1 / math.prod(sines) + n / (l - k))
 
 
+@pytest.mark.parametrize("least", [1.0, 1e-4])
+@pytest.mark.parametrize("k", [8, 16])
+def test_a_basis_is_orthonormal_even_where_columns_nearly_depend_on_each_other(k, least):
+    """But for the last shift, at most, and roundings: PᵀP are k² sums of n products, off by √n EPS.
+
+    Squares of the least singular values are lost in the roundings of the first PᵀP: one pass less
+    leaves some 1e-2.
+    """
+    n = 5 * k // 2
+    matrix, _, _ = singular(n, k, np.geomspace(1, least, k))
+    basis = np.asarray(_projection.orthonormal(jnp.asarray(matrix))[0], np.float64)
+    off = np.linalg.norm(basis.T @ basis - np.eye(k), 2)
+    assert off <= _projection._SHIFTS[-1] + k * n**0.5 * EPS
+
+
 @pytest.mark.parametrize("n, m, k, l", shapes(least=2))
 def test_a_gradient_of_a_rank_below_that_of_its_sketch_is_recovered(n, m, k, l):  # noqa: E741
     """The most of them as if only what is left of R were off."""
