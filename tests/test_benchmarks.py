@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import draws
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +16,7 @@ import optax
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-pytest.importorskip("flax")
-pytest.importorskip("matplotlib")
-pytest.importorskip("orbax.checkpoint")
-pytest.importorskip("rouge_score")
-pytest.importorskip("sacrebleu")
-pytest.importorskip("safetensors")
-pytest.importorskip("tensorboardX")
-pytest.importorskip("tokenizers")
-pytest.importorskip("tyro")
+extras.need("examples")
 
 import tyro
 

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+import extras
 import pytest
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("tyro")
+extras.need("examples")
 
 from florax_benchmarks import claims, pages, paper, plots, tables
 

@@ -1,5 +1,4 @@
 """`examples/convert_gguf.py`: small files made by gguf's own writer, and a published one."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import importlib.util
 import json
@@ -9,11 +8,11 @@ import sys
 from pathlib import Path
 
 import draws
+import extras
 import numpy as np
 import pytest
 
-for requirement in ("flax", "gguf", "safetensors", "tokenizers", "tyro"):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,4 @@
 """Every command line of the READMEs: its flags are understood, and at a tiny size it runs."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import dataclasses
 import importlib
@@ -10,24 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import extras
 import numpy as np
 import pytest
 
-for requirement in (
-    "flax",
-    "gguf",
-    "matplotlib",
-    "orbax.checkpoint",
-    "rouge_score",
-    "sacrebleu",
-    "safetensors",
-    "sentencepiece",
-    "tensorboardX",
-    "tokenizers",
-    "tqdm",
-    "tyro",
-):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 from tiny import write_folders
 

@@ -1,5 +1,4 @@
 """What the scripts in `examples/` share: data, tokenizers and metrics."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import gzip
 import json
@@ -8,11 +7,11 @@ import sys
 import types
 from pathlib import Path
 
+import extras
 import numpy as np
 import pytest
 
-for requirement in ("rouge_score", "sacrebleu", "sentencepiece", "tokenizers"):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 import sacrebleu
 

@@ -1,26 +1,14 @@
 """The scripts in two processes, which `jax.distributed` brings together: as in one, to the bit."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import json
 import signal
 import socket
 
+import extras
 import numpy as np
 import pytest
 
-for requirement in (
-    "flax",
-    "matplotlib",
-    "orbax.checkpoint",
-    "rouge_score",
-    "sacrebleu",
-    "safetensors",
-    "tensorboardX",
-    "tokenizers",
-    "tqdm",
-    "tyro",
-):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 from tiny import end_of, start, write_folders
 

@@ -1,5 +1,4 @@
 """`examples/gpt2.py` as a person runs it, at a size for tests."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import functools
 import json
@@ -7,20 +6,10 @@ import math
 import signal
 import string
 
+import extras
 import pytest
 
-for requirement in (
-    "flax",
-    "matplotlib",
-    "orbax.checkpoint",
-    "sacrebleu",
-    "safetensors",
-    "tensorboardX",
-    "tokenizers",
-    "tqdm",
-    "tyro",
-):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 from tiny import PAIRS_OF_THE_REPOSITORY as DATA
 from tiny import start, write_few_pairs

@@ -5,22 +5,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import extras
 import pytest
 
-for requirement in (
-    "flax",
-    "gguf",
-    "matplotlib",
-    "orbax.checkpoint",
-    "rouge_score",
-    "sacrebleu",
-    "safetensors",
-    "tensorboardX",
-    "tokenizers",
-    "tqdm",
-    "tyro",
-):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = [

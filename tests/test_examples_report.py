@@ -1,16 +1,14 @@
 """The picture that the scripts leave."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import itertools
 
+import extras
 import numpy as np
 import pytest
 
-pytest.importorskip("flax")
-plt = pytest.importorskip("matplotlib.pyplot")
-pytest.importorskip("orbax.checkpoint")
-pytest.importorskip("tyro")
+extras.need("examples")
 
+import matplotlib.pyplot as plt
 from matplotlib import image
 
 from florax_examples import report

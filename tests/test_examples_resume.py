@@ -1,5 +1,4 @@
 """Nothing is lost when training is interrupted: killed, out of room, or with damaged files."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import contextlib
 import dataclasses
@@ -17,22 +16,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-for requirement in (
-    "flax",
-    "matplotlib",
-    "orbax.checkpoint",
-    "sacrebleu",
-    "tensorboardX",
-    "tokenizers",
-    "tqdm",
-    "tyro",
-):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 from flax import nnx
 from tiny import (

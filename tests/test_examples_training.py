@@ -1,17 +1,16 @@
 """The training loop of the examples: what every script promises of a run."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import dataclasses
 import functools
 
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-for requirement in ("flax", "matplotlib", "orbax.checkpoint", "tensorboardX", "tqdm", "tyro"):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 from tiny import InterruptedAfter, settings, train, weights
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from random import Random
 
 import draws
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("flax")
-pytest.importorskip("safetensors")
+extras.need("examples")
 
 import safetensors
 import safetensors.numpy

@@ -4,12 +4,13 @@ import itertools
 import math
 
 import draws
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("flax")
+extras.need("examples")
 
 from flax import nnx
 

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 import draws
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-pytest.importorskip("flax")
-pytest.importorskip("safetensors")
+extras.need("examples")
 
 from flax import nnx
 

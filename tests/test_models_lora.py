@@ -3,14 +3,14 @@
 import functools
 
 import draws
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-pytest.importorskip("flax")
-pytest.importorskip("safetensors")
+extras.need("examples")
 
 from flax import nnx
 

@@ -1,5 +1,4 @@
 """`models.t5` against transformers, and against what T5 is."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import dataclasses
 import functools
@@ -9,14 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import draws
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-for requirement in ("flax", "safetensors"):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 from flax import nnx
 

@@ -1,5 +1,4 @@
 """`models.vit` against transformers, and what checkpoints and florax need of it."""
-# ruff: noqa: E402  what the examples import may not be installed
 
 import dataclasses
 import functools
@@ -7,14 +6,14 @@ import json
 from pathlib import Path
 
 import draws
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-for requirement in ("flax", "safetensors"):
-    pytest.importorskip(requirement)
+extras.need("examples")
 
 import safetensors.numpy
 from flax import nnx

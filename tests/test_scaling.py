@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("tyro")
+extras.need("examples")
 
 import scaling
 from florax_benchmarks import collectives, divided, links, methods, models, predicted

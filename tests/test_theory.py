@@ -7,13 +7,14 @@ import functools
 import math
 
 import draws
+import extras
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-pytest.importorskip("flax")
+extras.need("examples")
 
 from flax import nnx
 

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import extras
 import numpy as np
 import optax
+
+extras.need("examples")
+
 import safetensors.numpy
 from flax import nnx
 
