@@ -10,10 +10,14 @@ import pytest
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
+def names(extra: str) -> list[str]:
+    """Of the distributions that an extra installs."""
+    return [re.match(r"[\w.-]+", x)[0] for x in PROJECT["optional-dependencies"][extra]]
+
+
 def need(extra: str) -> None:
     """Skip the module that calls this unless all that the extra names is installed."""
-    for requirement in PROJECT["optional-dependencies"][extra]:
-        name = re.match(r"[\w.-]+", requirement)[0]
+    for name in names(extra):
         try:
             importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:

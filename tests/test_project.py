@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -120,3 +121,41 @@ def test_ci_ends_with_the_status_of_its_steps_and_leaves_nothing(tmp_path, steps
     if left:
         with pytest.raises(ProcessLookupError):
             os.killpg(int(ended.stdout), 0)
+
+
+WITHOUT_THE_EXAMPLES = """
+import importlib.metadata
+import sys
+
+import extras
+import pytest
+
+absent = {*extras.names("examples")} - {*extras.names("test")}
+for module, distributions in importlib.metadata.packages_distributions().items():
+    if absent.intersection(distributions):
+        sys.modules[module] = None  # its import fails
+distribution = importlib.metadata.distribution
+
+
+def find(name):
+    if name in absent:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return distribution(name)
+
+
+importlib.metadata.distribution = find
+sys.exit(pytest.main(["--collect-only", "-q", "-rs", "-p", "no:cacheprovider"]))
+"""
+
+
+@pytest.mark.slow
+def test_without_the_extra_of_the_examples_their_tests_are_skipped():
+    collected = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_EXAMPLES],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": "src:tests"},
+        capture_output=True,
+        text=True,
+    )
+    assert collected.returncode == 0, collected.stdout[-2000:]
+    assert 'needs flax: pip install -e ".[examples]"' in collected.stdout
