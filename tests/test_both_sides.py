@@ -387,6 +387,28 @@ def test_whatever_its_axes_a_leaf_of_low_rank_is_recovered(shape, axes):
 
 # --- the two sketches of a state
 
+# The same operations by other kernels: eight products after each other, of at most 20 terms, make
+# entries below 16.
+ROUNDINGS = 8 * 20 * 16 * EPS
+
+
+def test_a_leaf_does_not_depend_on_those_beside_it_whose_sketches_are_stored_alike():
+    """In integers axes are not seen: a kernel of two heads is like one that is a matrix."""
+    axes = {"heads": florax.FloraDimensionNumbers(0, (1, 2)), "kernel": None}
+    tx = accumulate(
+        every_k_schedule=1,
+        accumulator_dtype=jnp.int8,
+        dimension_numbers=lambda path, leaf: axes[path[0].key],
+    )
+
+    @jax.jit
+    def there_and_back(grads):
+        return florax.finish(tx, grads, florax.accumulate(tx, grads, tx.init(grads)))[0]
+
+    grads = {"heads": draws.normal(0, 12, 2, 7), "kernel": draws.normal(1, 12, 14)}
+    together, alone = there_and_back(grads), there_and_back({"heads": grads["heads"]})
+    np.testing.assert_allclose(together["heads"], alone["heads"], rtol=0, atol=ROUNDINGS)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 2, 4])
@@ -399,9 +421,7 @@ def test_how_many_matrices_are_solved_for_at_once_makes_no_difference(monkeypatc
     wanted, _ = tx.update(grads, tx.init(grads))
     monkeypatch.setattr(_sums, "_TOGETHER", 4 * together * 8 * 12)  # bytes of R, and of B nearly
     got, _ = tx.update(grads, tx.init(grads))
-    # The same operations by other kernels: eight products after each other, of at most 20 terms,
-    # make entries below 16.
-    chex.assert_trees_all_close(got, wanted, rtol=0, atol=8 * 20 * 16 * 2**-24)
+    chex.assert_trees_all_close(got, wanted, rtol=0, atol=ROUNDINGS)
 
 
 @pytest.mark.slow

@@ -97,8 +97,10 @@ def solved(sums: Sequence[Sum]) -> list[Sum]:
     groups: dict[Any, list[int]] = {}
     for i, own in enumerate(sums):
         if len(own.keys) == 2:
+            # Stored in integers, what has other axes may have the same type.
+            sides = [part.drawn_like for part in own.leaf.parts]
             types = [jax.typeof(x) for x in jax.tree.leaves((own.arrays, own.keys))]
-            groups.setdefault((own.leaf.drawn_like, *types), []).append(i)
+            groups.setdefault((own.leaf.stack_shape, *sides, *types), []).append(i)
     for members in groups.values():
         for i, own in zip(members, _solve([sums[i] for i in members]), strict=True):
             found[i] = own
