@@ -8,14 +8,13 @@ import gc
 import os
 from pathlib import Path
 
-# On the CPU also where there is a GPU. A GPU multiplies float32 in TF32 unless it is told, where
-# tolerances are float32's; processes that share it take its memory as they need it.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ |= (
-    {}
-    if os.environ["JAX_PLATFORMS"] == "cpu"
-    else {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-)
+# On the CPU also where there is a GPU.
+ON_CPU = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
+if not ON_CPU:
+    # A GPU multiplies float32 in TF32 unless it is told, and tolerances are float32's.
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    # Processes that share it take its memory as they need it.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 # What compiled before does not compile again, in another process or another run: most of the time
 # that the tests take. `pytest --cache-clear` empties the folder "d".
 os.environ |= {
@@ -36,7 +35,6 @@ import pytest
 
 # XLA compiles faster without its optimizations, and tests are about values: without them the same
 # products come out the same, too. Tests of what XLA makes of a program name `optimized`.
-ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 jax.config.update("jax_disable_most_optimizations", ON_CPU)
 
 

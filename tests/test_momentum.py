@@ -194,7 +194,7 @@ def test_the_gaussian_projection_diverges_when_resampled_at_every_step():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [2, 1, 7])
+@pytest.mark.parametrize("every", [1, 2, 7])
 def test_gaussian_momentum_grows_from_cycle_to_cycle_exactly_as_the_bound_says(every):
     """E‖M‖² is multiplied by (1 + (m+1)/r) β²ᵏ: above 1 for κ below the bound, 5.5 here, only."""
     rank, m, decay, count = 4, 6, 0.9, 20_000
